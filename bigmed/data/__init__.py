@@ -1,0 +1,1 @@
+"""From files to host batches: schema, ingest, sources, pairs, pipeline, phantom."""

@@ -1,0 +1,1 @@
+"""Evaluators, one file each; see `bigmed.evaluators.features` for the contract."""

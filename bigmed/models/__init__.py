@@ -1,0 +1,1 @@
+"""Backbones and heads, one family a file."""

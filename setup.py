@@ -1,0 +1,42 @@
+"""Packaging of bigmed: `pip install -e .`; extras cuda, tpu, tf, test, bench."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+setup(
+    name="bigmed",
+    version="0.1.0",
+    description="Large-scale self-supervised pretraining on medical images, in JAX/Flax.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["bigmed", "bigmed.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10",
+        "optax>=0.2.7",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.9"],
+        "tpu": ["jax[tpu]>=0.9"],
+        "tf": ["tensorflow>=2.16"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scikit-learn>=1.5", "scipy>=1.13"],
+        "bench": ["torch>=2.4"],
+    },
+)
