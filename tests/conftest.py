@@ -1,0 +1,24 @@
+"""Test set-up: eight fake CPU devices, strict rank promotion, and where the real data lies."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of small real data sets; tests that need it skip where it is absent."""
+    folder = pathlib.Path(os.environ.get("BIGMED_SHARED_DATA", REPO.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder} (set BIGMED_SHARED_DATA)")
+    return folder
