@@ -1,0 +1,141 @@
+"""Contrastive losses and the diagnostics of an embedding, as pure functions of global arrays.
+
+Everything here is float32. The arrays are global: under a mesh the anchors of a similarity matrix
+stay sharded by row while XLA gathers the candidates, with gradients through both sides of every dot
+product, so the value and the gradient are those of one device.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NORM_EPS = 1e-12
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Contrast(NamedTuple):
+    """A contrastive loss and what is worth plotting beside it; scalars, float32."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    entropy: jax.Array
+    rows: jax.Array  # [2, N], the loss of each anchor
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """`x` in float32 divided by its Euclidean norm along the last axis."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), NORM_EPS))
+
+
+def ntxent(
+    z_a: jax.Array,
+    z_b: jax.Array,
+    *,
+    temperature: float,
+    hidden_norm: bool = True,
+    reduction: str = "mean",
+    groups: jax.Array | None = None,
+) -> Contrast:
+    """NT-Xent with all 2(N-1) negatives (SimCLR, arXiv 2002.05709, equation 1 and algorithm 1).
+
+    Args:
+      z_a, z_b: [N, D] embeddings of the two views of N items, any float dtype.
+      temperature: divides the similarities.
+      hidden_norm: whether the embeddings are divided by their norm first.
+      reduction: 'mean' is the paper's loss, the mean over 2N anchors; 'sum' is the released code's,
+        the sum of the two directional means, which is twice that.
+      groups: optional [N] integers; items of one group other than the pair itself are no negatives
+        of each other (several cases of one patient).
+
+    Returns:
+      `Contrast`; accuracy and entropy look at the a -> b block alone (N candidates), as the
+      released code logs them.
+    """
+    n = z_a.shape[0]
+    z_a, z_b = (l2_normalize(z) if hidden_norm else z.astype(jnp.float32) for z in (z_a, z_b))
+
+    def similarity(x: jax.Array, y: jax.Array) -> jax.Array:
+        # ND,MD->NM
+        return jnp.einsum("nd,md->nm", x, y, precision=HIGHEST) / temperature
+
+    itself = jnp.eye(n, dtype=bool)
+    not_same_view = itself
+    not_other_view = jnp.zeros_like(itself)
+    if groups is not None:
+        related = groups[:, None] == groups[None, :]
+        not_same_view, not_other_view = related, related & ~itself
+
+    def mask(logits: jax.Array, excluded: jax.Array) -> jax.Array:
+        return jnp.where(excluded, -jnp.inf, logits)
+
+    logits_ab = mask(similarity(z_a, z_b), not_other_view)
+    logits_ba = mask(similarity(z_b, z_a), not_other_view)
+    logits_aa = mask(similarity(z_a, z_a), not_same_view)
+    logits_bb = mask(similarity(z_b, z_b), not_same_view)
+
+    def row_losses(cross: jax.Array, same: jax.Array) -> jax.Array:
+        every = jax.nn.logsumexp(jnp.concatenate([cross, same], axis=1), axis=1)  # [N, 2N] -> [N]
+        return every - jnp.diagonal(cross)
+
+    rows = jnp.stack([row_losses(logits_ab, logits_aa), row_losses(logits_ba, logits_bb)])
+    log_p = jax.nn.log_softmax(logits_ab, axis=1)
+    entropy = -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p, 0.0), axis=1)
+    return Contrast(
+        loss=jnp.mean(rows) * {"mean": 1.0, "sum": 2.0}[reduction],
+        accuracy=jnp.mean(jnp.argmax(logits_ab, axis=1) == jnp.arange(n)),
+        entropy=jnp.mean(entropy),
+        rows=rows,
+    )
+
+
+def embedding_health(z: jax.Array) -> dict[str, jax.Array]:
+    """Two alarms for collapse of the normalised embeddings `z` [N, D].
+
+    Returns:
+      feature_std: the mean over dimensions of the standard deviation times sqrt(D): about 1 for
+        embeddings spread over the sphere, 0 when all are equal.
+      effective_rank: (sum of eigenvalues)^2 / sum of squared eigenvalues of the covariance, the
+        participation ratio: D when isotropic, 1 when everything lies on a line. It needs no
+        eigendecomposition, so it is cheap enough for every step.
+    """
+    n, d = z.shape
+    z = l2_normalize(z)
+    centred = z - jnp.mean(z, axis=0, keepdims=True)
+    covariance = jnp.einsum("nd,ne->de", centred, centred, precision=HIGHEST) / n
+    trace = jnp.trace(covariance)
+    return {
+        "feature_std": jnp.mean(jnp.sqrt(jnp.diagonal(covariance))) * jnp.sqrt(float(d)),
+        "effective_rank": trace**2 / jnp.maximum(jnp.sum(covariance**2), NORM_EPS),
+    }
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of `values` where `mask` is true; 0 where nothing is."""
+    weights = mask.astype(jnp.float32)
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def classification(logits: jax.Array, labels: jax.Array, task: str) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and accuracy of a classifier whose labels may be missing.
+
+    Args:
+      logits: [N, L] float.
+      labels: [N, L] integers: 1 present, 0 absent, anything negative uncertain or missing (left
+        out). With task 'single_label' a row is one-hot.
+      task: 'single_label' (softmax) or 'multi_label' (independent sigmoids).
+
+    Returns:
+      The mean loss and the mean accuracy over what is labelled; scalars, float32.
+    """
+    logits = logits.astype(jnp.float32)
+    if task == "single_label":
+        known = jnp.max(labels, axis=1) == 1  # [N]
+        target = jnp.argmax(labels, axis=1)
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)[:, 0]
+        return masked_mean(losses, known), masked_mean(jnp.argmax(logits, 1) == target, known)
+    known = labels >= 0  # [N, L]
+    target = (labels == 1).astype(jnp.float32)
+    losses = jax.nn.softplus(logits) - target * logits
+    return masked_mean(losses, known), masked_mean((logits > 0) == (labels == 1), known)

@@ -1,0 +1,104 @@
+"""The device mesh ('data', 'fsdp', 'tensor') and which leaf lives where on it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bigmed import tree
+from bigmed.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+MIN_FSDP_SIZE = 2**14  # smaller leaves cost more to gather than to keep whole
+
+# (pattern of the end of a leaf's path, mesh axis or None for each dimension)
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that `config.mesh` asks for, over all devices of all processes.
+
+    Args:
+      sizes: a size for each of `AXES`; one may be -1, for "the rest".
+      devices: defaults to `jax.devices()`.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    known = math.prod(size for size in shape if size != -1)
+    bad = shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape)
+    if not bad and -1 in shape:
+        shape[shape.index(-1)] = len(devices) // known
+    if bad or math.prod(shape) != len(devices):
+        raise UserError(
+            f"config.mesh ({shown}) does not fit {len(devices)} devices; sizes are positive, "
+            "multiply to the number of devices, and at most one is -1"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises `UserError` unless the rows of a batch divide evenly over the mesh."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(
+            f"config.data.batch_size={batch_size} does not divide over the mesh "
+            f"({', '.join(f'{a}={mesh.shape[a]}' for a in AXES)}); use a multiple of {shards}"
+        )
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays, sharded by row."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def leaf_spec(name: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Where one leaf lives: the first rule that matches the end of its path, else the fsdp rule.
+
+    A rule's axis is dropped where it does not divide the dimension. Without a matching rule, a leaf
+    of at least `MIN_FSDP_SIZE` elements is split over 'fsdp' along its largest divisible dimension.
+    """
+    for pattern, axes in rules:
+        if re.search(f"(?:^|/){pattern}$", name) and len(axes) == len(shape):
+            fits = [
+                axis if axis and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(axes, shape, strict=True)
+            ]
+            return PartitionSpec(*fits)
+    fsdp = mesh.shape["fsdp"]
+    dims = [i for i, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < MIN_FSDP_SIZE or not dims:
+        return PartitionSpec()
+    split = max(dims, key=lambda i: shape[i])
+    return PartitionSpec(*("fsdp" if i == split else None for i in range(len(shape))))
+
+
+def tree_shardings(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """`NamedSharding` of every leaf of a tree of shapes.
+
+    The rules look at the end of a path, so they place a parameter, its momentum, its moving average
+    and its teacher alike.
+    """
+    return tree.map_with_name(
+        lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf.shape, mesh, rules)), abstract
+    )
