@@ -1,0 +1,103 @@
+"""`python -m bigmed.main --config configs/x.py[:arg] --workdir DIR [--config.a.b=value ...]`.
+
+Exit codes: 0 finished; 2 a mistake of the user's, named in one line; 75 stopped on SIGTERM or
+SIGINT after saving (run the same command again to go on); 1 anything else.
+"""
+
+import logging
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from bigmed import errors
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Start jax.distributed: one process a host, on Slurm, Cloud TPU or GKE."
+)
+COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache", "~/.cache/bigmed/xla", "Where compiled programs are kept; '' for nowhere."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, runs the curriculum and returns the exit code."""
+    try:
+        workdir = _parse(argv)
+        stop = _catch_signals()
+        _start_jax()
+        from bigmed import curriculum  # late: --help and mistakes answer at once
+
+        print(curriculum.run(CONFIG.value, workdir, stop))
+    except errors.UserError as error:
+        return _say(f"error: {error}", errors.EXIT_USER_ERROR)
+    except errors.Preempted as error:
+        return _say(f"{error}; run the same command again to go on", errors.EXIT_PREEMPTED)
+    except errors.NonFiniteError as error:
+        return _say(f"error: {error}", errors.EXIT_FAILURE)
+    return errors.EXIT_OK
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def _parse(argv: list[str]) -> pathlib.Path:
+    """Parses the flags; returns the workdir, which exists.
+
+    Raises:
+      UserError: an unknown flag or config key, a value of the wrong type, a missing file.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # absl, the config flag and a config's own code raise what they like
+        raise errors.UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise errors.UserError(f"'{rest[1]}' is no flag; flags begin with --")
+    if CONFIG.value is None or not WORKDIR.value:
+        raise errors.UserError("--config configs/NAME.py and --workdir DIR are both needed")
+    workdir = pathlib.Path(WORKDIR.value).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
+    if not os.access(workdir, os.W_OK):
+        raise errors.UserError(f"--workdir {workdir} cannot be written to")
+    return workdir
+
+
+def _catch_signals() -> Callable[[], bool]:
+    """SIGTERM and a first Ctrl-C ask the run to stop after the step at hand."""
+    asked = []
+
+    def ask(number: int, frame: object) -> None:
+        del frame
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means now
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    return lambda: bool(asked)
+
+
+def _start_jax() -> None:
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("bigmed").setLevel(logging.INFO)
+    import jax
+
+    if COMPILE_CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

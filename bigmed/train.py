@@ -1,0 +1,399 @@
+"""One stage: restore or start, the loop, and what may go wrong in it.
+
+The order inside the loop is fixed: the batch of step s is a pure function of (seed, s); a step's
+metrics are read only when two more steps have been sent, so that the host never stalls the device;
+and metrics.jsonl is on disk before the checkpoint that it belongs to.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.experimental import multihost_utils
+
+from bigmed import metrics, optim, sharding, tree
+from bigmed.checkpoint import Checkpointer
+from bigmed.data.pipeline import Pipeline
+from bigmed.errors import NonFiniteError, Preempted, UserError
+from bigmed.objectives.simclr import DataSpec
+from bigmed.resolve import resolve
+from bigmed.state import TrainState, abstract_state, make_init, shardings
+from bigmed.step import first_non_finite, make_train_step
+
+IN_FLIGHT = 2  # steps sent to the device whose outcome the host has not looked at
+MAX_SKIPPED = 10  # batches left out under on_non_finite='rollback' before the run stops
+COLLAPSE_STD, COLLAPSE_RANK = 0.1, 1.5  # of the embeddings; healthy runs are far above
+ON_NON_FINITE = ("stop", "rollback")
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stage made ready: its parts, built from its config before anything is computed."""
+
+    label: str
+    config: Any
+    directory: pathlib.Path
+    mesh: Any
+    pipeline: Pipeline
+    objective: Any
+    total_steps: int
+    init: Callable[[], TrainState]
+    abstract: TrainState
+    tx: Any
+    schedule: Any
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.directory / "checkpoints"
+
+
+def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> Stage:
+    """Builds the parts of a stage and checks that they fit together.
+
+    Raises:
+      UserError: anything in the config or the data that cannot work, before a step is run.
+    """
+    batch_size = config.data.batch_size
+    sharding.check_batch_size(batch_size, mesh)
+    if config.on_non_finite not in ON_NON_FINITE:
+        raise UserError(
+            f"config.on_non_finite='{config.on_non_finite}': valid: {', '.join(ON_NON_FINITE)}"
+        )
+    objective_class = resolve(config.objective.name, "bigmed.objectives", "Objective")
+    pipeline = Pipeline(
+        config.data,
+        seed=config.seed,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    spec = pipeline.batch_spec()
+    if spec["image"].shape[1] != objective_class.IMAGES_PER_EXAMPLE:
+        raise UserError(
+            f"objective '{config.objective.name}' wants {objective_class.IMAGES_PER_EXAMPLE} "
+            f"image(s) a row but config.data.pairs={config.data.pairs!r} gives "
+            f"{spec['image'].shape[1]}; valid: None for single images, 'case' for pairs"
+        )
+    objective = objective_class(config, DataSpec(pipeline.class_names, pipeline.task))
+    total_steps = stage_steps(config, pipeline.units_per_epoch)
+    # The optimiser is made from shapes: the parameters themselves do not exist yet.
+    params = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec)[0])
+    tx, schedule = optim.make_optimizer(
+        config.optim, params, batch_size=batch_size, total_steps=total_steps
+    )
+    init = make_init(objective, tx, spec, config.seed)
+    return Stage(
+        label=label,
+        config=config,
+        directory=directory,
+        mesh=mesh,
+        pipeline=pipeline,
+        objective=objective,
+        total_steps=total_steps,
+        init=init,
+        abstract=abstract_state(init, mesh, objective.SHARDING),
+        tx=tx,
+        schedule=schedule,
+    )
+
+
+def stage_steps(config: Any, units_per_epoch: int) -> int:
+    """`config.steps`, or `config.epochs` in whole steps, rounded up.
+
+    Raises:
+      UserError: not exactly one of the two is given.
+    """
+    if (config.steps is None) == (config.epochs is None):
+        raise UserError(
+            f"config.steps={config.steps} and config.epochs={config.epochs}: give exactly one"
+        )
+    if config.steps is not None:
+        return int(config.steps)
+    return int(np.ceil(units_per_epoch * config.epochs / config.data.batch_size))
+
+
+def restore(stage: Stage) -> TrainState | None:
+    """The newest good state of this stage, on this mesh; None where it has not begun.
+
+    Raises:
+      UserError: the checkpoint is of another model, data, seed or batch size.
+    """
+    if not stage.checkpoints.is_dir():
+        return None
+    checkpointer = Checkpointer(stage.checkpoints)
+    found = checkpointer.restore_latest(stage.abstract)
+    checkpointer.close()
+    if found is None:
+        return None
+    state, meta = found
+    for key, value in _identity(stage).items():
+        if meta[key] != value:
+            raise UserError(
+                f"{stage.checkpoints} was made with {key}={meta[key]}, this run has {key}={value}; "
+                "use another --workdir"
+            )
+    return state
+
+
+def fresh(stage: Stage, weights: Mapping[str, np.ndarray], load: Any, skip: Any) -> TrainState:
+    """A new state, with the weights that match the `load` patterns taken from `weights`.
+
+    Raises:
+      UserError: the weights do not fit; see `tree.merge`.
+    """
+    state = jax.jit(stage.init, out_shardings=shardings(stage.abstract))()
+    if not load:
+        return state
+    carried = {"params": state.params, "batch_stats": state.batch_stats}
+    merged, _ = tree.merge(carried, weights, load, skip)
+
+    def place(new: Any, old: jax.Array) -> jax.Array:
+        if isinstance(new, jax.Array):
+            return new
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: new[index])
+
+    return state.replace(**jax.tree.map(place, merged, carried))
+
+
+def run_stage(
+    stage: Stage, state: TrainState, stop_requested: Callable[[int], bool]
+) -> TrainState:
+    """Trains from `state` to the stage's last step.
+
+    Args:
+      stage: from `build_stage`.
+      state: restored or fresh; its buffers are used up.
+      stop_requested: asked after every step with the step's number; True saves and stops.
+
+    Returns:
+      The final state, which is also the newest checkpoint.
+
+    Raises:
+      Preempted: stopped on request, after saving.
+      NonFiniteError: under `on_non_finite='stop'`, or after too many batches were left out.
+    """
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    start = int(state.step)
+    with _Recorder(stage, start) as recorder:
+        if start >= stage.total_steps:
+            recorder.save_if_none(state, start)
+            return state
+        train_step = _compile(stage, state, recorder)
+        while True:
+            try:
+                return _loop(stage, state, train_step, recorder, stop_requested)
+            except _BadBatch as bad:
+                state = bad.state
+                _leave_out_or_stop(stage, state, recorder)
+
+
+class _BadBatch(Exception):
+    """The loop met a batch that the state refused; `state` is the one before it."""
+
+    def __init__(self, state: TrainState):
+        super().__init__()
+        self.state = state
+
+
+def _loop(
+    stage: Stage,
+    state: TrainState,
+    train_step: Any,
+    recorder: "_Recorder",
+    stop_requested: Callable[[int], bool],
+) -> TrainState:
+    config, start = stage.config, int(state.step)
+    in_flight: collections.deque = collections.deque()
+
+    def look_at_oldest() -> None:
+        step, outcome = in_flight.popleft()
+        if int(outcome["step"]) != step:
+            raise _BadBatch(state)
+        if step % config.log.every == 0 or step == stage.total_steps:
+            recorder.write(step, jax.device_get(outcome["metrics"]))
+
+    for step, batch, control in _batches(stage, start, recorder):
+        state, outcome = train_step(state, batch, *control)
+        in_flight.append((step + 1, outcome))
+        if len(in_flight) > IN_FLIGHT:
+            look_at_oldest()
+        done, stopping = step + 1, stop_requested(step + 1)
+        if stopping or done % config.checkpoint.every == 0 or done == stage.total_steps:
+            while in_flight:
+                look_at_oldest()
+            recorder.save(state, done)
+        if stopping and done < stage.total_steps:
+            raise Preempted(f"{stage.label}: stopped on request; step {done} is saved")
+    return state
+
+
+def _batches(stage: Stage, start: int, recorder: "_Recorder") -> Iterator[tuple[int, Any, Any]]:
+    """(step, global batch, (step, skip) on the devices) from `start` to the last step."""
+    rows = sharding.batch_sharding(stage.mesh)
+    everywhere = sharding.replicated(stage.mesh)
+    skipped = set(_skipped(stage))
+    host_batches = stage.pipeline.iterate(start)
+    for step in range(start, stage.total_steps):
+        asked = time.monotonic()
+        batch = sharding.put_batch(next(host_batches), rows)
+        control = jax.device_put((np.int32(step), np.bool_(step in skipped)), everywhere)
+        recorder.waited(time.monotonic() - asked)
+        yield step, batch, control
+
+
+def _compile(stage: Stage, state: TrainState, recorder: "_Recorder") -> Any:
+    """The stage's step, compiled for exactly the batches it will get."""
+    began = time.monotonic()
+    train_step = make_train_step(
+        stage.objective, stage.tx, stage.schedule, stage.mesh, stage.abstract
+    )
+    rows, everywhere = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=rows)
+        for name, spec in stage.pipeline.batch_spec().items()
+    }
+    scalars = [
+        jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (np.int32, np.bool_)
+    ]
+    compiled = train_step.lower(stage.abstract, batch, *scalars).compile()
+    recorder.event("compiled", int(state.step), seconds=time.monotonic() - began)
+    return compiled
+
+
+def _skipped(stage: Stage) -> list[int]:
+    """The batches that are left out for good, noted beside the checkpoints."""
+    path = stage.directory / "skipped.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _leave_out_or_stop(stage: Stage, state: TrainState, recorder: "_Recorder") -> None:
+    """Names the first non-finite tensor; then notes the batch to leave out, or raises."""
+    step = int(state.step)
+    rows = sharding.batch_sharding(stage.mesh)
+    batch = sharding.put_batch(stage.pipeline.host_batch(step), rows)
+    name = first_non_finite(stage.objective, state, batch)
+    found = f"{stage.label}: batch {step} gives a non-finite '{name}'"
+    skipped = _skipped(stage)
+    if stage.config.on_non_finite == "rollback" and len(skipped) < MAX_SKIPPED:
+        metrics.write_json(stage.directory / "skipped.json", [*skipped, step])
+        recorder.event("rolled_back", step, tensor=name)
+        recorder.say(f"{found}; its update is undone and the batch left out")
+        return
+    recorder.save(state, step)
+    raise NonFiniteError(
+        f"{found}; stopped, and the state before it is saved as step {step}. "
+        "Lower the learning rate, clip gradients, or set config.on_non_finite='rollback'"
+    )
+
+
+def _identity(stage: Stage) -> dict[str, Any]:
+    """What makes a step number mean the same batch and draw."""
+    return {
+        "seed": stage.config.seed,
+        "batch_size": stage.config.data.batch_size,
+        "data": stage.pipeline.fingerprint,
+    }
+
+
+class _Recorder:
+    """Everything that a stage writes while it trains: checkpoints, metrics, timing, progress."""
+
+    def __init__(self, stage: Stage, start: int):
+        self._stage = stage
+        self._main = jax.process_index() == 0
+        self._checkpointer = Checkpointer(stage.checkpoints, keep=stage.config.checkpoint.keep)
+        self._alarmed = False
+        self._stopwatch = metrics.Stopwatch()
+        self._wait = 0.0
+        if self._main:
+            directory = stage.directory
+            self._metrics = metrics.JsonlWriter(directory / "metrics.jsonl", resume_step=start)
+            self._timing = metrics.JsonlWriter(directory / "timing.jsonl")
+            self._tensorboard = metrics.TensorBoard(directory / "tensorboard", start + 1)
+            self._progress = metrics.Progress(stage.label, stage.total_steps, start)
+            overview = parameter_overview.get_parameter_overview(stage.abstract.params)
+            (directory / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
+        self.event("restarted" if start else "started", start, devices=jax.device_count())
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._checkpointer.close()
+        if self._main:
+            for writer in (self._metrics, self._timing, self._tensorboard, self._progress):
+                writer.close()
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        """A line of timing.jsonl that is not a reading; the clock starts anew after it."""
+        if self._main:
+            self._timing.write(step, {"event": name, **values})
+        self._stopwatch = metrics.Stopwatch()
+
+    def say(self, line: str) -> None:
+        if self._main:
+            self._progress.say(line)
+
+    def waited(self, seconds: float) -> None:
+        self._stopwatch.step(seconds)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """The metrics of one step, and the timing since the last one."""
+        if not self._main:
+            return
+        self._metrics.write(step, values)
+        left = self._stage.total_steps - step
+        timing = self._stopwatch.read(self._stage.config.data.batch_size, left)
+        memory = _peak_memory()
+        self._timing.write(step, {**timing, **memory})
+        self._tensorboard.write(step, {**values, **{f"timing/{k}": v for k, v in timing.items()}})
+        self._progress.update(
+            step,
+            f"loss {float(values['loss']):.4f}, {timing['images_per_second']:.1f} images/s, "
+            f"{timing['step_seconds']:.3f} s/step, data wait {timing['data_wait_fraction']:.1%}, "
+            f"{metrics.duration(timing['eta_seconds'])} to go",
+        )
+        self._warn_of_collapse(step, values)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """The metrics so far, then the state; returns when the state before this one is safe."""
+        if self._main:
+            self._metrics.sync()
+        self._checkpointer.save(step, state, _identity(self._stage))
+        if step >= self._stage.total_steps or step == 0:
+            self._checkpointer.wait()
+
+    def save_if_none(self, state: TrainState, step: int) -> None:
+        """For a stage of no steps: the weights it was given are its result."""
+        if not self._checkpointer.steps():
+            self.save(state, step)
+
+    def _warn_of_collapse(self, step: int, values: Mapping[str, Any]) -> None:
+        std, rank = values.get("feature_std", 1.0), values.get("effective_rank", np.inf)
+        collapsed = std < COLLAPSE_STD or rank < COLLAPSE_RANK
+        if collapsed and not self._alarmed:
+            self.say(
+                f"{self._stage.label}: step {step}: the embeddings are collapsing (feature_std "
+                f"{float(std):.3f}, effective_rank {float(rank):.1f})"
+            )
+        self._alarmed = collapsed
+
+
+def _peak_memory() -> dict[str, float]:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return {} if peak is None else {"device_peak_gib": peak / 2**30}
+
+
+def preemption_watch(requested: Callable[[], bool]) -> Callable[[int], bool]:
+    """`stop_requested` for `run_stage`: a local flag, or what all hosts agree on."""
+    if jax.process_count() == 1:
+        return lambda step: requested()
+    return multihost_utils.reached_preemption_sync_point

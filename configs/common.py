@@ -1,0 +1,170 @@
+"""The base of every config: all keys with their defaults, and what makes a `:smoke` form.
+
+A stage's config is this base with the overrides of `config.stage.<name>`. Values marked U are
+defaults of ours that no paper's text was checked for.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def resnet(depth: int, width: int = 1, **overrides) -> ConfigDict:
+    """A ResNet v1.5; `stem='small'` for images of 96 pixels and less."""
+    return ConfigDict({"name": "resnet", "depth": depth, "width": width, **overrides})
+
+
+def vit(variant: str, **overrides) -> ConfigDict:
+    """A vision transformer, e.g. 'S/16'."""
+    return ConfigDict({"name": "vit", "variant": variant, **overrides})
+
+
+def simclr_objective(name: str = "simclr", **overrides) -> ConfigDict:
+    """SimCLR's objective, or MICLe's, which differs in its data alone."""
+    return ConfigDict(
+        {
+            "name": name,
+            "temperature": 0.1,
+            "hidden_norm": True,
+            "loss_reduction": "sum",  # as the released code; 'mean' is the paper's formula
+            "mask_same_patient": False,
+            "head_layers": 2,
+            "head_dim": 128,
+            "head_hidden": 0,  # 0: the encoder's width
+            **overrides,
+        }
+    )
+
+
+def augmentation(recipe: str, size: int) -> ConfigDict:
+    """A recipe of `bigmed.augment`; every value left None keeps the recipe's."""
+    overrides = {
+        "crop_area_min": placeholder(float),
+        "crop_area_max": placeholder(float),
+        "flip_prob": placeholder(float),
+        "color_prob": placeholder(float),
+        "color_strength": placeholder(float),
+        "brightness": placeholder(str),
+        "grayscale_prob": placeholder(float),
+        "blur_prob": placeholder(float),
+        "rotation_degrees": placeholder(float),
+        "equalize_prob": placeholder(float),
+        "cutout_prob": placeholder(float),
+        "eval_crop": placeholder(float),
+    }
+    return ConfigDict({"recipe": recipe, "size": size, **overrides})
+
+
+def source(folder: str, split: str, **overrides) -> ConfigDict:
+    """One split of a data set; `folder` may begin with '{data_root}' or '{workdir}'."""
+    return ConfigDict({"dir": folder, "split": split, **overrides})
+
+
+def lars(lr: float, lr_scaling: str, weight_decay: float, warmup_steps: int) -> ConfigDict:
+    """LARS as in SimCLR: warm-up, cosine, no decay or adaptation of biases and normalisation."""
+    return ConfigDict(
+        {
+            "name": "lars",
+            "lr": lr,
+            "lr_scaling": lr_scaling,
+            "warmup_steps": warmup_steps,
+            "schedule": "cosine",
+            "weight_decay": weight_decay,
+            "momentum": 0.9,
+            "b1": 0.9,
+            "b2": 0.999,
+            "grad_clip_norm": 0.0,
+            "rules": (),
+            "freeze": (),
+        }
+    )
+
+
+def init_from(stage: str = "", checkpoints: str = "", load=(), skip=()) -> ConfigDict:
+    """Where a stage's weights come from: an earlier stage, or a folder of checkpoints."""
+    return ConfigDict({"stage": stage, "checkpoints": checkpoints, "load": load, "skip": skip})
+
+
+def base() -> ConfigDict:
+    """Every key of a run; a config fills in data, stages and evaluators."""
+    config = ConfigDict()
+    config.seeds = (0,)
+    config.precision = "f32"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.data_root = ""
+    config.steps = placeholder(int)
+    config.epochs = placeholder(float)
+    config.on_non_finite = "stop"
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    config.log = ConfigDict({"every": 10})
+    config.init_from = init_from()
+    config.data = ConfigDict(
+        {
+            "sources": (),
+            "source": ConfigDict(),
+            "batch_size": 512,
+            "canvas": 256,
+            "channels": 1,
+            "pairs": placeholder(str),
+            "single_image": "augment",
+            "workers": 0,
+            "threads": placeholder(int),
+            "prefetch": 4,
+        }
+    )
+    config.model = resnet(50)
+    config.augment = augmentation("cxr", 224)
+    config.objective = simclr_objective()
+    config.optim = lars(lr=0.3, lr_scaling="linear", weight_decay=1e-6, warmup_steps=0)
+    config.stages = ()
+    config.stage = ConfigDict()
+    config.evaluate = ()
+    config.evaluator = ConfigDict()
+    return config
+
+
+def set_data(config: ConfigDict, **sources: ConfigDict) -> None:
+    """The data sets to train on, by name."""
+    config.data.sources = tuple(sources)
+    config.data.source = ConfigDict(sources)
+
+
+def evaluators(folder: str, **overrides) -> dict[str, ConfigDict]:
+    """Linear probe and k-NN on the splits of one labelled data set."""
+    splits = {name: source(folder, name, **overrides) for name in ("train", "val", "test")}
+    return {"linear": ConfigDict(dict(splits)), "knn": ConfigDict(dict(splits))}
+
+
+def use_phantom(config: ConfigDict, num_patients: int, size: int) -> None:
+    """Trains and evaluates on the embedded synthetic data set."""
+    folder = "{workdir}/data/phantom"
+    config.phantom = ConfigDict({"num_patients": num_patients, "size": size, "seed": 0})
+    config.data.canvas = size
+    config.data.channels = 1
+    set_data(config, phantom=source(folder, "train"))
+    config.evaluate = ("linear", "knn")
+    config.evaluator = ConfigDict(evaluators(folder))
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same stages on the synthetic data set, small enough for two CPU cores."""
+    use_phantom(config, num_patients=60, size=48)
+    config.seeds = (0,)
+    config.model = resnet(18, stem="small")
+    config.augment.size = 32
+    config.data.batch_size = 16
+    config.checkpoint.every = 4
+    config.log.every = 1
+    for name in config.stages:
+        stage = config.stage[name]
+        for section in ("model", "augment", "precision"):
+            if section in stage:
+                del stage[section]
+        if "data" in stage:
+            stage.data = ConfigDict({k: v for k, v in stage.data.items() if k == "pairs"})
+        if stage.get("steps") or stage.get("epochs"):
+            stage.epochs = None
+            stage.steps = 6
+        if "optim" in stage:
+            stage.optim.warmup_steps = 2
+    config.optim.warmup_steps = 2
+    return config
