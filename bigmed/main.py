@@ -11,16 +11,22 @@ import signal
 import sys
 from collections.abc import Callable
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from bigmed import errors
 
+app.define_help_flags()
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # configs import one another from there
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Start jax.distributed: one process a host, on Slurm, Cloud TPU or GKE."
+    "distributed", False, "Start jax.distributed, one process a host; found out on Slurm, TPU, GKE."
 )
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, where not found out.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, where not found out.")
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache", "~/.cache/bigmed/xla", "Where compiled programs are kept; '' for nowhere."
 )
@@ -96,7 +102,7 @@ def _start_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def make_schedule(
         raise UserError(f"config.optim.lr_scaling='{scaling}': {did_you_mean(scaling, LR_SCALING)}")
     peak = LR_SCALING[scaling](float(config["lr"]), batch_size)
     warmup = int(config["warmup_steps"])
-    if not 0 <= warmup <= total_steps:
+    if warmup < 0 or (total_steps and warmup > total_steps):
         raise UserError(
             f"config.optim.warmup_steps={warmup} does not fit {total_steps} steps; "
             f"use 0 to {total_steps}"

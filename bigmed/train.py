@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from jax.experimental import multihost_utils
 
 from bigmed import metrics, optim, sharding, tree
@@ -23,13 +22,13 @@ from bigmed.checkpoint import Checkpointer
 from bigmed.data.pipeline import Pipeline
 from bigmed.errors import NonFiniteError, Preempted, UserError
 from bigmed.objectives.simclr import DataSpec
+from bigmed.recorder import Recorder
 from bigmed.resolve import resolve
 from bigmed.state import TrainState, abstract_state, make_init, shardings
 from bigmed.step import first_non_finite, make_train_step
 
 IN_FLIGHT = 2  # steps sent to the device whose outcome the host has not looked at
 MAX_SKIPPED = 10  # batches left out under on_non_finite='rollback' before the run stops
-COLLAPSE_STD, COLLAPSE_RANK = 0.1, 1.5  # of the embeddings; healthy runs are far above
 ON_NON_FINITE = ("stop", "rollback")
 
 
@@ -181,7 +180,16 @@ def run_stage(
     """
     stage.directory.mkdir(parents=True, exist_ok=True)
     start = int(state.step)
-    with _Recorder(stage, start) as recorder:
+    with Recorder(
+        stage.directory,
+        stage.label,
+        start=start,
+        total_steps=stage.total_steps,
+        batch_size=stage.config.data.batch_size,
+        keep=stage.config.checkpoint.keep,
+        identity=_identity(stage),
+    ) as recorder:
+        recorder.describe(stage.abstract.params)
         if start >= stage.total_steps:
             recorder.save_if_none(state, start)
             return state
@@ -206,7 +214,7 @@ def _loop(
     stage: Stage,
     state: TrainState,
     train_step: Any,
-    recorder: "_Recorder",
+    recorder: Recorder,
     stop_requested: Callable[[int], bool],
 ) -> TrainState:
     config, start = stage.config, int(state.step)
@@ -234,7 +242,7 @@ def _loop(
     return state
 
 
-def _batches(stage: Stage, start: int, recorder: "_Recorder") -> Iterator[tuple[int, Any, Any]]:
+def _batches(stage: Stage, start: int, recorder: Recorder) -> Iterator[tuple[int, Any, Any]]:
     """(step, global batch, (step, skip) on the devices) from `start` to the last step."""
     rows = sharding.batch_sharding(stage.mesh)
     everywhere = sharding.replicated(stage.mesh)
@@ -248,7 +256,7 @@ def _batches(stage: Stage, start: int, recorder: "_Recorder") -> Iterator[tuple[
         yield step, batch, control
 
 
-def _compile(stage: Stage, state: TrainState, recorder: "_Recorder") -> Any:
+def _compile(stage: Stage, state: TrainState, recorder: Recorder) -> Any:
     """The stage's step, compiled for exactly the batches it will get."""
     began = time.monotonic()
     train_step = make_train_step(
@@ -273,7 +281,7 @@ def _skipped(stage: Stage) -> list[int]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _leave_out_or_stop(stage: Stage, state: TrainState, recorder: "_Recorder") -> None:
+def _leave_out_or_stop(stage: Stage, state: TrainState, recorder: Recorder) -> None:
     """Names the first non-finite tensor; then notes the batch to leave out, or raises."""
     step = int(state.step)
     rows = sharding.batch_sharding(stage.mesh)
@@ -300,96 +308,6 @@ def _identity(stage: Stage) -> dict[str, Any]:
         "batch_size": stage.config.data.batch_size,
         "data": stage.pipeline.fingerprint,
     }
-
-
-class _Recorder:
-    """Everything that a stage writes while it trains: checkpoints, metrics, timing, progress."""
-
-    def __init__(self, stage: Stage, start: int):
-        self._stage = stage
-        self._main = jax.process_index() == 0
-        self._checkpointer = Checkpointer(stage.checkpoints, keep=stage.config.checkpoint.keep)
-        self._alarmed = False
-        self._stopwatch = metrics.Stopwatch()
-        self._wait = 0.0
-        if self._main:
-            directory = stage.directory
-            self._metrics = metrics.JsonlWriter(directory / "metrics.jsonl", resume_step=start)
-            self._timing = metrics.JsonlWriter(directory / "timing.jsonl")
-            self._tensorboard = metrics.TensorBoard(directory / "tensorboard", start + 1)
-            self._progress = metrics.Progress(stage.label, stage.total_steps, start)
-            overview = parameter_overview.get_parameter_overview(stage.abstract.params)
-            (directory / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
-        self.event("restarted" if start else "started", start, devices=jax.device_count())
-
-    def __enter__(self) -> "_Recorder":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._checkpointer.close()
-        if self._main:
-            for writer in (self._metrics, self._timing, self._tensorboard, self._progress):
-                writer.close()
-
-    def event(self, name: str, step: int, **values: Any) -> None:
-        """A line of timing.jsonl that is not a reading; the clock starts anew after it."""
-        if self._main:
-            self._timing.write(step, {"event": name, **values})
-        self._stopwatch = metrics.Stopwatch()
-
-    def say(self, line: str) -> None:
-        if self._main:
-            self._progress.say(line)
-
-    def waited(self, seconds: float) -> None:
-        self._stopwatch.step(seconds)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """The metrics of one step, and the timing since the last one."""
-        if not self._main:
-            return
-        self._metrics.write(step, values)
-        left = self._stage.total_steps - step
-        timing = self._stopwatch.read(self._stage.config.data.batch_size, left)
-        memory = _peak_memory()
-        self._timing.write(step, {**timing, **memory})
-        self._tensorboard.write(step, {**values, **{f"timing/{k}": v for k, v in timing.items()}})
-        self._progress.update(
-            step,
-            f"loss {float(values['loss']):.4f}, {timing['images_per_second']:.1f} images/s, "
-            f"{timing['step_seconds']:.3f} s/step, data wait {timing['data_wait_fraction']:.1%}, "
-            f"{metrics.duration(timing['eta_seconds'])} to go",
-        )
-        self._warn_of_collapse(step, values)
-
-    def save(self, state: TrainState, step: int) -> None:
-        """The metrics so far, then the state; returns when the state before this one is safe."""
-        if self._main:
-            self._metrics.sync()
-        self._checkpointer.save(step, state, _identity(self._stage))
-        if step >= self._stage.total_steps or step == 0:
-            self._checkpointer.wait()
-
-    def save_if_none(self, state: TrainState, step: int) -> None:
-        """For a stage of no steps: the weights it was given are its result."""
-        if not self._checkpointer.steps():
-            self.save(state, step)
-
-    def _warn_of_collapse(self, step: int, values: Mapping[str, Any]) -> None:
-        std, rank = values.get("feature_std", 1.0), values.get("effective_rank", np.inf)
-        collapsed = std < COLLAPSE_STD or rank < COLLAPSE_RANK
-        if collapsed and not self._alarmed:
-            self.say(
-                f"{self._stage.label}: step {step}: the embeddings are collapsing (feature_std "
-                f"{float(std):.3f}, effective_rank {float(rank):.1f})"
-            )
-        self._alarmed = collapsed
-
-
-def _peak_memory() -> dict[str, float]:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    return {} if peak is None else {"device_peak_gib": peak / 2**30}
 
 
 def preemption_watch(requested: Callable[[], bool]) -> Callable[[int], bool]:

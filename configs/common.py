@@ -79,6 +79,13 @@ def lars(lr: float, lr_scaling: str, weight_decay: float, warmup_steps: int) -> 
     )
 
 
+def stage(steps: int | None = None, epochs: float | None = None, **sections) -> ConfigDict:
+    """A stage: its length (one of the two; 0 steps evaluates what it starts from) and overrides."""
+    config = ConfigDict({"steps": placeholder(int), "epochs": placeholder(float), **sections})
+    config.steps, config.epochs = steps, epochs
+    return config
+
+
 def init_from(stage: str = "", checkpoints: str = "", load=(), skip=()) -> ConfigDict:
     """Where a stage's weights come from: an earlier stage, or a folder of checkpoints."""
     return ConfigDict({"stage": stage, "checkpoints": checkpoints, "load": load, "skip": skip})
@@ -161,7 +168,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
                 del stage[section]
         if "data" in stage:
             stage.data = ConfigDict({k: v for k, v in stage.data.items() if k == "pairs"})
-        if stage.get("steps") or stage.get("epochs"):
+        if stage.steps or stage.epochs:
             stage.epochs = None
             stage.steps = 6
         if "optim" in stage:

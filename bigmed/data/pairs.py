@@ -1,0 +1,128 @@
+"""Which records make up a batch: a pure function of (seed, position), computed in bulk.
+
+A unit is what a data set is sampled by: an image, or for MICLe a case, so that a case of six images
+weighs as much as a case of one (arXiv 2101.05224, section 3). Everything here is integer arithmetic
+on a hash of ours: the order of the data then depends on no library's version, and the plan of a
+batch costs microseconds where element-wise shuffling and mixing cost a tenth of the decoding.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from bigmed.errors import UserError
+
+SINGLE_IMAGE = ("augment", "drop")
+_WEIGHT_STEPS = 10_000  # weights are rounded to this many parts of the whole
+
+
+def hash64(*parts: int | np.ndarray) -> np.ndarray:
+    """A well-mixed uint64 of integers; arrays broadcast (splitmix64's finaliser, chained)."""
+    state = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            part = np.asarray(part).astype(np.uint64)
+            state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """A permutation of range(size), int32 or int64, another one in every epoch."""
+    order = np.argsort(hash64(seed, epoch, np.arange(size)), kind="stable")
+    return order.astype(np.int32) if size < 2**31 else order
+
+
+def interleave(positions: np.ndarray, proportions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Spreads one endless stream over sources in exact proportion, as grain's `mix` does.
+
+    Args:
+      positions: int64 [N], places in the mixed stream.
+      proportions: a positive integer for each source.
+
+    Returns:
+      source int64 [N] and the place within that source's own stream, int64 [N]. Among the first n
+      positions a source of share w has n w elements, to within one for each source.
+    """
+    source = np.full(positions.shape, -1, np.int64)
+    place = np.zeros(positions.shape, np.int64)
+    # Each source in turn takes its share of the positions that its predecessors left.
+    remaining = sum(proportions)
+    here, after = positions.astype(np.int64), positions.astype(np.int64) + 1
+    for number, proportion in enumerate(proportions):
+        left_here = here * (remaining - proportion) // remaining
+        left_after = after * (remaining - proportion) // remaining
+        taken = (source < 0) & (here - left_here != after - left_after)
+        source[taken] = number
+        place[taken] = (here - left_here)[taken]
+        here, after, remaining = left_here, left_after, remaining - proportion
+    return source, place
+
+
+def integer_proportions(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as integers that keep their ratios to one part in 10,000 of the whole."""
+    total = sum(weights)
+    return tuple(max(1, round(weight / total * _WEIGHT_STEPS)) for weight in weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The units of one source and the records of each: unit u holds members[starts[u]:starts[u+1]].
+
+    Attributes:
+      starts: int64 [U + 1].
+      members: int64 [R], record numbers.
+    """
+
+    starts: np.ndarray
+    members: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @classmethod
+    def images(cls, num_records: int) -> "Units":
+        """Every image a unit of its own."""
+        return cls(np.arange(num_records + 1), np.arange(num_records))
+
+    @classmethod
+    def cases(cls, cases: np.ndarray, single_image: str) -> "Units":
+        """Every case a unit.
+
+        Args:
+          cases: int [N], the case code of each record.
+          single_image: what becomes of a case with one image: 'augment' pairs the image with
+            itself, to be augmented twice; 'drop' leaves the case out.
+
+        Raises:
+          UserError: `single_image` is neither.
+        """
+        if single_image not in SINGLE_IMAGE:
+            raise UserError(f"single_image is '{single_image}'; valid: {', '.join(SINGLE_IMAGE)}")
+        members = np.argsort(cases, kind="stable")
+        _, counts = np.unique(cases, return_counts=True)
+        if single_image == "drop":
+            members = members[np.repeat(counts > 1, counts)]
+            counts = counts[counts > 1]
+        return cls(np.concatenate([[0], np.cumsum(counts)]), members)
+
+    def draw_pair(self, units: np.ndarray, key: int, visits: np.ndarray) -> np.ndarray:
+        """Two distinct records of each unit: int64 [N, 2], drawn anew for every (key, visit).
+
+        Ordered pairs of distinct images are uniform; a unit of one image gives it twice.
+        """
+        counts = self._counts(units)
+        first = hash64(key, visits, 0) % counts
+        # The second is drawn among the others: skip over the first.
+        second = hash64(key, visits, 1) % np.maximum(counts - np.uint64(1), np.uint64(1))
+        second = np.where(counts > 1, second + (second >= first), first)
+        return np.stack([self._pick(units, first), self._pick(units, second)], axis=1)
+
+    def _counts(self, units: np.ndarray) -> np.ndarray:
+        return (self.starts[units + 1] - self.starts[units]).astype(np.uint64)
+
+    def _pick(self, units: np.ndarray, which: np.ndarray) -> np.ndarray:
+        return self.members[self.starts[units] + which.astype(np.int64)]

@@ -1,0 +1,100 @@
+"""Convolution, batch normalisation and pooling, as every convolutional backbone here uses them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Variance scaling with scale 1, fan-in (SimCLR's released code; not He's scale of 2).
+conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def conv2d(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """Convolution with (k-1)//2 zeros on every side, whatever the stride (as PyTorch pads)."""
+    pad = (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 maximum with stride 2 and TensorFlow's SAME padding: [B, H, W, C] -> [B, H/2, W/2, C]."""
+    return nn.max_pool(x, (3, 3), (2, 2), "SAME")
+
+
+def avg_pool(x: jax.Array, strides: int) -> jax.Array:
+    """2x2 mean for ResNet-D's shortcut (arXiv 1812.01187), as SimCLR v2's code pads it.
+
+    With stride 2 an odd size gets a row and a column of zeros at the end; with stride 1 the windows
+    at the end are smaller.
+    """
+    if strides == 1:
+        return nn.avg_pool(x, (2, 2), (1, 1), "SAME", count_include_pad=False)
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    return nn.avg_pool(x, (2, 2), (strides, strides), "VALID")
+
+
+class Conv(nn.Module):
+    """A square convolution without bias; parameter `kernel` [k, k, I, O] float32."""
+
+    features: int
+    size: int
+    strides: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, I] -> [B, H/strides, W/strides, O] in `dtype`."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", conv_init, shape, jnp.float32)
+        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, momentum 0.9, epsilon 1e-5.
+
+    The mean runs over the global batch, also where a mesh splits it: under `jax.jit` the reduction
+    is of the whole array. That is SimCLR's global BN (section 2.2 of arXiv 2002.05709).
+
+    Attributes:
+      use_bias: whether there is a shift `bias`; the last layer of a SimCLR head has none.
+      zero_scale: start `scale` at 0, for the last norm of a residual branch.
+      dtype: of the output; parameters, moments and their arithmetic are float32.
+    """
+
+    use_bias: bool = True
+    zero_scale: bool = False
+    dtype: Any = jnp.float32
+
+    MOMENTUM = 0.9
+    EPSILON = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[..., C] -> [..., C]; updates the collection `batch_stats` (`mean`, `var`) if `train`."""
+        c = x.shape[-1]
+        init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
+        scale = self.param("scale", init, (c,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32) if self.use_bias else 0
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            x32 = x.astype(jnp.float32)
+            mean = jnp.mean(x32, axes)
+            var = jnp.maximum(jnp.mean(jnp.square(x32), axes) - jnp.square(mean), 0.0)
+            if not self.is_initializing():
+                keep = self.MOMENTUM
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * var
+        gain = scale * lax.rsqrt(var + self.EPSILON)
+        shift = bias - mean * gain
+        expand = (None,) * (x.ndim - 1)
+        return (x.astype(jnp.float32) * gain[expand] + shift[expand]).astype(self.dtype)

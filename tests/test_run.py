@@ -1,0 +1,237 @@
+"""The command, end to end in processes of its own: kills, signals, mistakes, other machines."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bigmed import checkpoint, metrics
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One compilation cache for every run of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(workdir, cache, *flags, config="configs/simclr.py:smoke"):
+    return [
+        sys.executable, "-m", "bigmed.main", "--config", config, "--workdir", str(workdir),
+        "--compile_cache", str(cache), *flags,
+    ]  # fmt: skip
+
+
+def environment(devices=1):
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(REPO / "tests"),
+    }
+
+
+def run(workdir, cache, *flags, devices=1, timeout=300, **kwargs):
+    return subprocess.run(
+        command(workdir, cache, *flags, **kwargs),
+        cwd=REPO, env=environment(devices), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+TRAIN_ONLY = (f"--config.stage.simclr.steps={STEPS}", "--config.evaluate=()")
+STAGE = "01_simclr"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("whole")
+    done = run(workdir, cache, *TRAIN_ONLY)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def final_state(workdir):
+    flat, meta = checkpoint.load_flat(workdir / STAGE / "checkpoints")
+    assert meta["step"] == STEPS
+    return flat
+
+
+def assert_bit_equal(workdir, reference):
+    got, want = final_state(workdir), final_state(reference)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    metrics_file = pathlib.Path(STAGE) / "metrics.jsonl"
+    assert (workdir / metrics_file).read_bytes() == (reference / metrics_file).read_bytes()
+
+
+def start_until(workdir, cache, step, *flags, devices=1):
+    """Starts the command and returns it as soon as its metrics have reached `step`."""
+    process = subprocess.Popen(
+        command(workdir, cache, *TRAIN_ONLY, *flags),
+        cwd=REPO, env=environment(devices), stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = metrics.read_jsonl(workdir / STAGE / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return process
+        time.sleep(0.01)
+    raise AssertionError(f"never reached step {step}: {process.communicate()[1]}")
+
+
+def test_killed_at_any_moment_and_run_again_is_bit_equal(tmp_path, cache, uninterrupted):
+    """kill -9 twice, in different places, with other numbers of loader workers and threads."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
+    for step, loader in ((1, "--config.data.workers=1"), (6, "--config.data.threads=1")):
+        process = start_until(tmp_path, cache, step, loader)
+        time.sleep(rng.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    last = run(tmp_path, cache, *TRAIN_ONLY)
+    assert last.returncode == 0, last.stderr
+    assert_bit_equal(tmp_path, uninterrupted)
+    events = [r.get("event") for r in metrics.read_jsonl(tmp_path / STAGE / "timing.jsonl")]
+    assert "restarted" in events
+
+
+def test_sigterm_saves_and_exits_75_and_goes_on(tmp_path, cache, uninterrupted):
+    process = start_until(tmp_path, cache, 2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    saved = max(int(p.name) for p in (tmp_path / STAGE / "checkpoints").iterdir())
+    assert 2 <= saved < STEPS and f"step {saved} is saved" in said
+    assert run(tmp_path, cache, *TRAIN_ONLY).returncode == 0
+    assert_bit_equal(tmp_path, uninterrupted)
+
+
+def test_continues_on_another_number_of_devices(tmp_path, cache, uninterrupted):
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+    process = start_until(tmp_path, cache, 5, *mesh, devices=4)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert run(tmp_path, cache, *TRAIN_ONLY).returncode == 0
+    path = pathlib.Path(STAGE) / "metrics.jsonl"
+    for got, want in zip(
+        metrics.read_jsonl(tmp_path / path), metrics.read_jsonl(uninterrupted / path), strict=True
+    ):
+        assert got["step"] == want["step"]
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=2e-3)
+
+
+def test_two_processes_train_as_one(tmp_path, cache, uninterrupted):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = (*TRAIN_ONLY, "--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    processes = [
+        subprocess.Popen(
+            command(tmp_path, cache, *flags, f"--process_id={i}"),
+            cwd=REPO, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        said = process.communicate(timeout=280)[1]
+        assert process.returncode == 0, said
+    path = pathlib.Path(STAGE) / "metrics.jsonl"
+    for got, want in zip(
+        metrics.read_jsonl(tmp_path / path), metrics.read_jsonl(uninterrupted / path), strict=True
+    ):
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=2e-3)
+
+
+def test_a_finished_workdir_says_so_and_exits_0(uninterrupted, cache):
+    again = run(uninterrupted, cache, *TRAIN_ONLY)
+    assert again.returncode == 0 and "is finished" in again.stderr
+
+
+def test_a_nan_stops_names_the_tensor_and_keeps_the_last_good_state(tmp_path, cache):
+    broken = "--config.objective.name=broken_objective:Objective"
+    stopped = run(tmp_path, cache, *TRAIN_ONLY, broken)
+    assert stopped.returncode == 1
+    line = stopped.stderr.strip().splitlines()[-1]
+    assert "batch 5 gives a non-finite 'activations/3_embeddings'" in line
+    flat, meta = checkpoint.load_flat(tmp_path / STAGE / "checkpoints")
+    assert meta["step"] == 5 and all(np.isfinite(leaf).all() for leaf in flat.values())
+
+
+def test_a_nan_rolls_back_by_policy_and_leaves_the_batch_out(tmp_path, cache):
+    broken = "--config.objective.name=broken_objective:Objective"
+    rolled = run(tmp_path, cache, *TRAIN_ONLY, broken, "--config.on_non_finite=rollback")
+    assert rolled.returncode == 0, rolled.stderr
+    assert "the batch left out" in rolled.stderr
+    assert json.loads((tmp_path / STAGE / "skipped.json").read_text()) == [5]
+    losses = [r["loss"] for r in metrics.read_jsonl(tmp_path / STAGE / "metrics.jsonl")]
+    assert [i for i, loss in enumerate(losses) if loss is None] == [5]
+    assert all(np.isfinite(leaf).all() for leaf in final_state(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.data.batch_sise=3"], "batch_size"),
+        (["--config.data.batch_size=many"], "many"),
+        (["--config=configs/simcrl.py"], "simcrl"),
+        (["--confg=x"], "confg"),
+        (["--config.stages=('simclr','mickle')"], "'mickle'"),
+        (["--config.data.batch_size=7"], "config.data.batch_size=7 does not divide"),
+        (["--config.mesh.data=3"], "does not fit 2 devices"),
+        (["--config.data.source.phantom.dir=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--config.data.source.phantom.split=trian"], "trian"),
+        (["--config.objective.name=simcl"], "did you mean 'simclr'"),
+        (["--config.model.depth=51"], "51"),
+        (["--config.optim.name=larz"], "did you mean 'lars'"),
+        (["--config.augment.recipe=cxrr"], "did you mean 'cxr'"),
+        (["--config.augment.crop_area_min=2.0"], "crop_area"),
+        (["--config.on_non_finite=ignore"], "valid: stop, rollback"),
+        (["--config.precision=f16"], "valid: bf16, f32"),
+        (["--config.stage.simclr.epochs=1.0"], "give exactly one"),
+        (["--config.objective.name=micle"], "config.data.pairs"),
+    ],
+    ids=lambda value: value[0].split("=")[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_plain_line_and_exit_2(tmp_path, cache, flags, said):
+    failed = run(tmp_path, cache, *flags, devices=2)
+    assert failed.returncode == 2, failed.stderr
+    lines = [x for x in failed.stderr.strip().splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and lines[0] == failed.stderr.strip().splitlines()[-1]
+    assert said in lines[0] and "Traceback" not in failed.stderr
+    assert not list(tmp_path.rglob("checkpoints/*")), "nothing half-written"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, cache, uninterrupted):
+    there = uninterrupted / STAGE / "checkpoints"
+    failed = run(
+        tmp_path, cache, *TRAIN_ONLY, "--config.model.width=2",
+        f"--config.init_from.checkpoints={there}",
+    )  # fmt: skip
+    assert failed.returncode == 2
+    assert "weights do not fit" in failed.stderr and "in the source" in failed.stderr
+
+
+def test_another_config_in_a_used_workdir_is_refused(uninterrupted, cache):
+    failed = run(uninterrupted, cache, *TRAIN_ONLY, "--config.objective.temperature=0.7")
+    assert failed.returncode == 2
+    assert "config.objective.temperature was 0.1 and is 0.7" in failed.stderr
+
+
+def test_help_is_quick_and_imports_no_jax():
+    code = "import sys, bigmed.main; assert 'jax' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+    shown = subprocess.run(
+        [sys.executable, "-m", "bigmed.main", "--help"], cwd=REPO, capture_output=True, text=True
+    )
+    assert "--workdir" in shown.stdout

@@ -1,0 +1,53 @@
+"""The mesh, where leaves live, and what does not divide."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from bigmed import sharding
+from bigmed.errors import UserError
+
+RULES = ((r"mlp/up/kernel", (None, "tensor")), (r"mlp/down/kernel", ("tensor", None)))
+
+
+def mesh(*sizes):
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+
+
+def test_one_size_may_be_the_rest():
+    assert dict(mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (16, 1, 1), (-1, 3, 1), (0, 1, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        mesh(*sizes)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    sharding.check_batch_size(16, mesh(4, 2, 1))
+    with pytest.raises(UserError, match="use a multiple of 8"):
+        sharding.check_batch_size(12, mesh(4, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        ("params/block/mlp/up/kernel", (64, 256), (None, "tensor")),
+        ("opt_state/0/trace/block/mlp/up/kernel", (64, 256), (None, "tensor")),
+        ("params/block/mlp/up/kernel", (64, 255), (None, None)),
+        ("params/conv/kernel", (3, 3, 64, 256), (None, None, None, "fsdp")),
+        ("params/conv/kernel", (3, 3, 512, 255), (None, None, "fsdp", None)),
+        ("params/norm/scale", (256,), ()),
+    ],
+)
+def test_where_a_leaf_lives(name, shape, spec):
+    assert sharding.leaf_spec(name, shape, mesh(2, 2, 2), RULES) == PartitionSpec(*spec)
+
+
+def test_a_tree_and_its_momentum_are_placed_alike():
+    params = {"mlp": {"up": {"kernel": jnp.zeros((64, 256))}}, "conv": jnp.zeros((128, 256))}
+    where = sharding.tree_shardings({"params": params, "mu": params}, mesh(2, 2, 2), RULES)
+    assert jax.tree.leaves(where["params"]) == jax.tree.leaves(where["mu"])
+    assert where["params"]["conv"].spec == PartitionSpec(None, "fsdp")
