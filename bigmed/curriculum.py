@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bigmed import __version__, checkpoint, metrics, sharding, train, tree
-from bigmed.data import phantom
+from bigmed.data import phantom, sources
 from bigmed.errors import UserError, did_you_mean
 from bigmed.report import html, table
 from bigmed.resolve import resolve
@@ -53,21 +53,17 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
     """
     plan = list(_plan(config))
     mesh = sharding.make_mesh(config.mesh)
-    places = {"workdir": str(workdir), "data_root": config.data_root}
     main_process = jax.process_index() == 0
     if main_process:
         _write_config(config, workdir)
-    if config.get("phantom"):
-        phantom.prepare(workdir / "data" / "phantom", **config.phantom)
     record = _Record(workdir, plan)
     if record.finished(config.evaluate):
         log.info("%s is finished", workdir)
         return table.format_table(record.rows)
     with jax.set_mesh(mesh):
         for entry in plan:
-            stage_config = _stage_config(config, entry["name"], entry["seed"])
-            stage_config = _fill_places(stage_config, places)
-            _run_entry(entry, stage_config, config, places, mesh, workdir, record, stop)
+            stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
+            _run_entry(entry, stage_config, config, mesh, workdir, record, stop)
     if main_process:
         html.write_report(workdir)
     return table.format_table(record.rows)
@@ -88,12 +84,22 @@ def _plan(config: ConfigDict) -> Iterator[dict[str, Any]]:
             index += 1
 
 
-def _stage_config(config: ConfigDict, name: str, seed: int) -> ConfigDict:
-    """The base config with the overrides of one stage; every override must be of a known key."""
+def prepare_stage(
+    config: ConfigDict, name: str, seed: int, workdir: pathlib.Path
+) -> ConfigDict:
+    """The base config with the overrides of one stage, its folders filled in and its data there.
+
+    Raises:
+      UserError: no such stage, an override of an unknown key, or an unset `config.data_root`.
+    """
+    if name not in config.stage:
+        raise UserError(f"no stage '{name}': {did_you_mean(name, config.stage)}")
+    if config.get("phantom"):
+        phantom.prepare(workdir / "data" / "phantom", **config.phantom)
     base = ConfigDict({k: v for k, v in config.items() if k not in NOT_PER_STAGE})
     base.seed = seed
     _override(base, config.stage[name], f"config.stage.{name}")
-    return base.lock()
+    return _fill_places(base, config.data_root, workdir)
 
 
 def _override(base: ConfigDict, changes: Mapping[str, Any], where: str) -> None:
@@ -112,7 +118,7 @@ def _override(base: ConfigDict, changes: Mapping[str, Any], where: str) -> None:
             base[key] = value
 
 
-def _fill_places(config: Any, places: Mapping[str, str]) -> Any:
+def _fill_places(config: Any, data_root: str, workdir: pathlib.Path) -> Any:
     """A copy with '{workdir}' and '{data_root}' filled in wherever a string names them."""
 
     def fill(value: Any) -> Any:
@@ -122,11 +128,9 @@ def _fill_places(config: Any, places: Mapping[str, str]) -> Any:
             return type(value)(fill(item) for item in value)
         if not isinstance(value, str):
             return value
-        if "{data_root}" in value and not places["data_root"]:
+        if "{data_root}" in value and not data_root:
             raise UserError(f"'{value}' needs --config.data_root=FOLDER, where the data sets lie")
-        for name, place in places.items():
-            value = value.replace(f"{{{name}}}", place)
-        return value
+        return value.replace("{workdir}", str(workdir)).replace("{data_root}", data_root)
 
     return fill(config).lock()
 
@@ -135,7 +139,6 @@ def _run_entry(
     entry: Mapping[str, Any],
     stage_config: ConfigDict,
     config: ConfigDict,
-    places: Mapping[str, str],
     mesh: Any,
     workdir: pathlib.Path,
     record: "_Record",
@@ -148,6 +151,10 @@ def _run_entry(
         return
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, directory, mesh)
+    # Made before anything is trained, so that a mistake in them is found at once.
+    evaluators = {
+        name: _evaluator(name, config, stage, workdir, record.hash_key) for name in missing
+    }
     state = train.restore(stage)
     if state is None:
         weights, load, skip, lineage = _handed_over(stage, stage_config, record, workdir)
@@ -163,9 +170,8 @@ def _run_entry(
     )
     state = train.run_stage(stage, state, train.preemption_watch(stop))
     record.update(entry, state="done", steps=int(state.step))
-    for name in missing:
-        evaluator_config = _fill_places(config.evaluator[name], places)
-        rows = list(_evaluate(name, evaluator_config, stage, state, workdir, record.hash_key))
+    for name, evaluator in evaluators.items():
+        rows = evaluator.run(state, checkpoint=f"{directory.name}/{int(state.step)}")
         common = {"stage": entry["name"], "evaluator": name, "seed": entry["seed"]}
         record.add_rows(entry, name, [{**common, **row} for row in rows])
         log.info("%s: evaluated with %s", label, name)
@@ -202,16 +208,13 @@ def _handed_over(
     return weights, load, tuple(source.skip), lineage
 
 
-def _evaluate(
-    name: str,
-    config: ConfigDict,
-    stage: train.Stage,
-    state: Any,
-    workdir: pathlib.Path,
-    hash_key: bytes,
-) -> Iterator[dict[str, Any]]:
-    """The rows of one evaluator on one state."""
-    settings = dict(config)
+def _evaluator(
+    name: str, config: ConfigDict, stage: train.Stage, workdir: pathlib.Path, hash_key: bytes
+) -> Any:
+    """One evaluator of a stage, its data checked: no test patient may be among those trained on."""
+    if name not in config.evaluator:
+        raise UserError(f"config.evaluate names '{name}': {did_you_mean(name, config.evaluator)}")
+    settings = dict(_fill_places(config.evaluator[name], config.data_root, workdir))
     evaluator_class = resolve(settings.pop("name", name), "bigmed.evaluators", "Evaluator")
     representation = settings.pop("representation", "encoder")
     predict_fns = stage.objective.predict_fns()
@@ -220,7 +223,10 @@ def _evaluate(
             f"config.evaluator.{name}.representation='{representation}': "
             f"{did_you_mean(representation, predict_fns)}"
         )
-    evaluator = evaluator_class(
+    if stage.total_steps and "test" in settings:
+        for source in stage.pipeline.sources:
+            sources.check_disjoint(source, sources.open_source(settings["test"]))
+    return evaluator_class(
         predict_fns[representation],
         stage.mesh,
         canvas=stage.config.data.canvas,
@@ -231,7 +237,6 @@ def _evaluate(
         hash_key=hash_key,
         **settings,
     )
-    yield from evaluator.run(state, checkpoint=f"{stage.directory.name}/{int(state.step)}")
 
 
 class _Record:

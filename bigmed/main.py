@@ -35,7 +35,7 @@ COMPILE_CACHE = flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     """Parses the command line, runs the curriculum and returns the exit code."""
     try:
-        workdir = _parse(argv)
+        workdir = parse(argv)
         stop = _catch_signals()
         _start_jax()
         from bigmed import curriculum  # late: --help and mistakes answer at once
@@ -55,7 +55,7 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-def _parse(argv: list[str]) -> pathlib.Path:
+def parse(argv: list[str]) -> pathlib.Path:
     """Parses the flags; returns the workdir, which exists.
 
     Raises:

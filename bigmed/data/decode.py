@@ -1,10 +1,19 @@
-"""Encoded images onto a fixed canvas."""
+"""Encoded images onto fixed canvases, a batch at a time, on all cores."""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent import futures
 
 import cv2
 import numpy as np
 
+from bigmed.data.records import Records
+
 # The pipeline's own threads are the parallelism: OpenCV's would compete with them.
 cv2.setNumThreads(1)
+
+_SPAN = 16  # images that a thread reads and decodes at a time
 
 
 def decode_onto(canvas: np.ndarray, encoded: bytes) -> tuple[int, int]:
@@ -51,3 +60,83 @@ def decode_onto(canvas: np.ndarray, encoded: bytes) -> tuple[int, int]:
     canvas[h:] = 0
     canvas[:h, w:] = 0
     return h, w
+
+
+class BatchDecoder:
+    """Reads and decodes the images of a batch into one array.
+
+    Records are read many at a time and threads decode spans of a batch: element-wise loading, as
+    grain does it by itself, reaches half the images a second. Pickles without its threads.
+    """
+
+    def __init__(
+        self, sources: Sequence[Records], canvas: int, channels: int, bits: int, threads: int
+    ):
+        self._sources = tuple(sources)
+        self._image_shape = (canvas, canvas, channels)
+        self._dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
+        self._threads = threads
+        self._pool: futures.ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        canvas, _, channels = self._image_shape
+        bits = 8 * self._dtype.itemsize
+        return BatchDecoder, (self._sources, canvas, channels, bits, self._threads)
+
+    def __call__(self, source: np.ndarray, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images of a batch.
+
+        Args:
+          source: int [N], number of each image's source.
+          records: int [N], its record there; -1 for no image (zeros, box of the whole canvas).
+
+        Returns:
+          images uint8 or uint16 [N, H, W, C], boxes int32 [N, 4] (top, left, height, width).
+
+        Raises:
+          UserError: a record cannot be read or decoded; it is named.
+        """
+        images = np.empty((len(records), *self._image_shape), self._dtype)
+        boxes = np.zeros((len(records), 4), np.int32)
+        boxes[:, 2:] = self._image_shape[:2]
+        images[records < 0] = 0
+        order = np.lexsort((records, source))
+        order = order[records[order] >= 0]
+        spans = [order[i : i + _SPAN] for i in range(0, len(order), _SPAN)]
+        if self._threads <= 1:
+            for span in spans:
+                self._decode_span(span, source, records, images, boxes)
+        else:
+            pool = self._started_pool()
+            jobs = [
+                pool.submit(self._decode_span, span, source, records, images, boxes)
+                for span in spans
+            ]
+            for job in jobs:
+                job.result()
+        return images, boxes
+
+    def _decode_span(self, span, source, records, images, boxes) -> None:
+        """Fills images and boxes at the places `span`, which are sorted by source."""
+        for number in np.unique(source[span]).tolist():
+            slots = span[source[span] == number]
+            encoded = self._sources[number].read("image", records[slots])
+            for slot, image in zip(slots.tolist(), encoded, strict=True):
+                try:
+                    boxes[slot, 2:] = decode_onto(images[slot], image)
+                except ValueError as error:
+                    raise self._sources[number].error(records[slot], str(error)) from None
+
+    def _started_pool(self) -> futures.ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = futures.ThreadPoolExecutor(self._threads, "bigmed-decode")
+            return self._pool
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -126,3 +126,76 @@ class Units:
 
     def _pick(self, units: np.ndarray, which: np.ndarray) -> np.ndarray:
         return self.members[self.starts[units] + which.astype(np.int64)]
+
+
+class Plan:
+    """The records of every batch: `plan[step]` is a pure function of (seed, step).
+
+    One source: every epoch is another permutation of its units, cut into whole batches, so that no
+    unit meets itself in a batch (as its own negative); what is left over at the end of an epoch
+    changes from epoch to epoch. Several sources: each is an endless stream of permutations and
+    they are interleaved by weight.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Units],
+        proportions: Sequence[int],
+        *,
+        seed: int,
+        batch_size: int,
+        rows: slice,
+        pairs: bool,
+    ):
+        """Plans batches of `batch_size` units, of which this host makes the `rows`."""
+        self._units = tuple(units)
+        self._proportions = tuple(proportions)
+        self._batch_size = batch_size
+        self._rows = np.arange(batch_size)[rows]
+        self._pairs = pairs
+        self._order_keys = [int(hash64(seed, n, 0)) for n in range(len(units))]
+        self._pair_keys = [int(hash64(seed, n, 1)) for n in range(len(units))]
+        self._orders: list[dict[int, np.ndarray]] = [{} for _ in units]
+
+    def __len__(self) -> int:
+        return 2**40  # endless: no run makes that many steps
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source number int64 [B] and record numbers int64 [B, K] of this host's rows."""
+        positions = step * self._batch_size + self._rows
+        if len(self._units) == 1:
+            source = np.zeros(len(positions), np.int64)
+            size = len(self._units[0])
+            epoch, batch = divmod(step, size // self._batch_size)
+            place = epoch * size + batch * self._batch_size + self._rows
+        else:
+            source, place = interleave(positions, self._proportions)
+        records = np.empty((len(positions), 2 if self._pairs else 1), np.int64)
+        for number, units in enumerate(self._units):
+            mine = source == number
+            unit = self._permuted(number, place[mine])
+            if self._pairs:
+                visits = positions[mine]
+                records[mine] = units.draw_pair(unit, self._pair_keys[number], visits)
+            else:
+                records[mine, 0] = unit  # an image is a unit of its own
+        return source, records
+
+    def _permuted(self, number: int, places: np.ndarray) -> np.ndarray:
+        """The units at places of one source's endless stream of permutations."""
+        size = len(self._units[number])
+        unit = np.empty(len(places), np.int64)
+        epochs = places // size
+        for epoch in np.unique(epochs).tolist():
+            unit[epochs == epoch] = self._order(number, epoch)[places[epochs == epoch] % size]
+        return unit
+
+    def _order(self, number: int, epoch: int) -> np.ndarray:
+        orders = self._orders[number]
+        order = orders.get(epoch)
+        if order is None:
+            order = epoch_order(self._order_keys[number], epoch, len(self._units[number]))
+            # Neighbouring epochs alone are in use at once. A new dict each time: threads share it.
+            self._orders[number] = {e: o for e, o in orders.items() if abs(e - epoch) == 1}
+            self._orders[number][epoch] = order
+        return order

@@ -72,6 +72,7 @@ class Objective:
             self.backbone = model_class(**model, dtype=dtype)
         except TypeError as error:
             raise UserError(f"config.model of '{name}': {error}") from None
+        self._width = self.backbone.feature_dim  # also checks the model's own settings
         self.head = heads.ProjectionHead(
             num_layers=self._config["head_layers"],
             hidden_dim=self._config["head_hidden"] or None,
@@ -88,7 +89,7 @@ class Objective:
         views = jnp.zeros((2, size, size, channels), jnp.float32)
         # initialised in evaluation mode: two images have no useful batch statistics
         backbone = self.backbone.init(keys[0], views, train=False)
-        features = jnp.zeros((2, self.backbone.feature_dim), jnp.float32)
+        features = jnp.zeros((2, self._width), jnp.float32)
         variables = {"backbone": backbone, "head": self.head.init(keys[1], features, train=False)}
         if self.probe:
             variables["probe"] = self.probe.init(keys[2], features)

@@ -1,0 +1,294 @@
+"""Augmentation on the accelerator: a recipe of `image_ops`, drawn afresh for every image.
+
+The order is that of SimCLR (arXiv 2002.05709, appendix A, and its code) with REMEDIS's additions in
+front: equalise, rotate, crop and resize, flip, colour jitter, grayscale, clip, blur, cutout.
+
+Each example draws from its own key, the caller's folded with the example's global index, and each
+operation from a stream of its own. So draws do not depend on how the batch is spread over devices,
+and switching one operation off leaves the draws of the others alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigmed import image_ops
+from bigmed.errors import UserError, did_you_mean
+
+# Least and greatest valid value of each number.
+_RANGES = {
+    "size": (1, 8192),
+    "crop_area_min": (1e-4, 1.0),
+    "crop_area_max": (1e-4, 1.0),
+    "crop_aspect_min": (0.01, 100.0),
+    "crop_aspect_max": (0.01, 100.0),
+    "crop_min_covered": (0.0, 1.0),
+    "flip_prob": (0.0, 1.0),
+    "color_prob": (0.0, 1.0),
+    "color_strength": (0.0, 1.25),
+    "grayscale_prob": (0.0, 1.0),
+    "blur_prob": (0.0, 1.0),
+    "blur_sigma_min": (0.01, 100.0),
+    "blur_sigma_max": (0.01, 100.0),
+    "rotation_degrees": (0.0, 180.0),
+    "equalize_prob": (0.0, 1.0),
+    "cutout_prob": (0.0, 1.0),
+    "cutout_size": (0.0, 1.0),
+    "cutout_holes": (1, 100),
+    "eval_crop": (0.01, 1.0),
+}
+_CHOICES = {
+    "random_crop": (True, False),
+    "antialias": (True, False),
+    "brightness": ("multiply", "add"),
+    "blur_sigma_per": ("batch", "image"),
+}
+_WHOLE = ("size", "cutout_holes")
+_PAIRS = ("crop_area", "crop_aspect", "blur_sigma")
+_STREAMS = ("equalize", "rotation", "crop", "flip", "color", "grayscale", "blur", "cutout")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """What `augment` and `eval_transform` do; the defaults are SimCLR's (code of v2).
+
+    Raises:
+      UserError: a value of the wrong type or out of range.
+    """
+
+    size: int = 224  # side of the square output
+    random_crop: bool = True  # False: the central crop of `eval_transform`
+    crop_area_min: float = 0.08  # of the image's area
+    crop_area_max: float = 1.0
+    crop_aspect_min: float = 3 / 4  # width / height
+    crop_aspect_max: float = 4 / 3
+    crop_min_covered: float = 0.1  # crops of less area are rejected, as in SimCLR's code
+    antialias: bool = False  # widen the bicubic kernel when shrinking
+    flip_prob: float = 0.5
+    color_prob: float = 0.8
+    color_strength: float = 1.0  # brightness, contrast, saturation .8 of this, hue .2
+    brightness: str = "multiply"  # 'multiply' (SimCLR v2) | 'add' (v1)
+    grayscale_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma_min: float = 0.1  # in pixels of the output
+    blur_sigma_max: float = 2.0
+    blur_sigma_per: str = "batch"  # one sigma per view of the 'batch' (SimCLR's code) | 'image'
+    rotation_degrees: float = 0.0  # uniform in [-this, this]
+    equalize_prob: float = 0.0
+    cutout_prob: float = 0.0
+    cutout_size: float = 0.25  # side of a hole, of the output's
+    cutout_holes: int = 1
+    eval_crop: float = 0.875  # of the shorter side; 1 keeps all of it
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            kinds = int if name in _WHOLE else (int, float)
+            number = isinstance(value, kinds) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                kind = "a whole number" if name in _WHOLE else "a number"
+                raise UserError(f"config.augment.{name}={value!r}: valid: {kind} {low} to {high}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices or type(value) is not type(choices[0]):
+                valid = ", ".join(map(str, choices))
+                raise UserError(f"config.augment.{name}={value!r}: valid: {valid}")
+        for name in _PAIRS:
+            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            if low > high:
+                raise UserError(
+                    f"config.augment.{name}_min={low}: valid: at most {name}_max={high}"
+                )
+
+
+RECIPES = {
+    # SimCLR on photographs. For 32-pixel images SimCLR takes color_strength .5 and no blur.
+    "natural": AugmentConfig(),
+    # MICLe's dermatology: as SimCLR (reference: secondary source; the strength 1.0 is unverified).
+    "derm": AugmentConfig(),
+    # MICLe's chest X-rays: half the jitter, rotation to 45 degrees, no blur as it may hide fine
+    # texture (secondary source). The crop area .08 to 1 is SimCLR's: the paper's is unverified.
+    "cxr": AugmentConfig(color_strength=0.5, rotation_degrees=45.0, blur_prob=0.0),
+    # No augmentation: the same as `eval_transform`.
+    "none": AugmentConfig(
+        random_crop=False, flip_prob=0.0, color_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
+    ),
+}
+
+
+def from_config(config: Mapping[str, Any]) -> AugmentConfig:
+    """The recipe that `config['recipe']` names, with every other value that is not None put over.
+
+    Raises:
+      UserError: no such recipe or field, or a value out of range.
+    """
+    values = {name: value for name, value in config.items() if value is not None}
+    recipe = values.pop("recipe", "natural")
+    if recipe not in RECIPES:
+        raise UserError(f"config.augment.recipe='{recipe}': {did_you_mean(recipe, RECIPES)}")
+    fields = [field.name for field in dataclasses.fields(AugmentConfig)]
+    for name in values:
+        if name not in fields:
+            raise UserError(f"config.augment.{name}: no such field; {did_you_mean(name, fields)}")
+    return dataclasses.replace(RECIPES[recipe], **values)
+
+
+def augment(
+    config: AugmentConfig,
+    key: jax.Array,
+    images: jax.Array,
+    boxes: jax.Array,
+    *,
+    first_index: int | jax.Array = 0,
+) -> jax.Array:
+    """One augmented view of each image; compile it with `jax.jit`, `config` being static.
+
+    Args:
+      config: what to do.
+      key: PRNG key of this view of this step.
+      images: uint8 or uint16 [B, H, W, C], or float in [0, 1]; C = 1 or 3. Hue, saturation and
+        grayscale are left out where C = 1, as they change nothing on grey images.
+      boxes: int [B, 4], (top, left, height, width) of the valid pixels. Nothing else is read.
+      first_index: global index of the first example, where the batch is a part of a larger one.
+
+    Returns:
+      float32 [B, S, S, C] in [0, 1], S = config.size.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+    """
+    _check_shapes(images, boxes)
+    batch_key, example_key = jax.random.split(key)
+    indices = first_index + jnp.arange(len(images))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(example_key, indices)
+    # the batch's sigma; `_view` draws one of its own where blur_sigma_per is 'image'
+    sigma = _uniform(batch_key, config.blur_sigma_min, config.blur_sigma_max)
+    view = functools.partial(_view, config, sigma)
+    return jax.vmap(view)(keys, images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
+
+
+def eval_transform(config: AugmentConfig, images: jax.Array, boxes: jax.Array) -> jax.Array:
+    """SimCLR's evaluation: the central square of `eval_crop`, resized bicubically.
+
+    Args:
+      config: its `size`, `eval_crop` and `antialias` are used.
+      images: as in `augment`.
+      boxes: as in `augment`.
+
+    Returns:
+      float32 [B, S, S, C] in [0, 1].
+    """
+    _check_shapes(images, boxes)
+
+    def one(image: jax.Array, box: jax.Array) -> jax.Array:
+        crop = image_ops.central_crop(box, config.eval_crop)
+        return jnp.clip(_resize(config, image_ops.to_float(image), crop, False), 0.0, 1.0)
+
+    return jax.vmap(one)(images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
+
+
+def _view(
+    config: AugmentConfig, sigma: jax.Array, key: jax.Array, image: jax.Array, box: jax.Array
+) -> jax.Array:
+    """One view [S, C, S] of one image [H, W, C]; the row-planar layout is that of `image_ops`."""
+    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(_STREAMS)}
+    image = image_ops.to_float(image)
+
+    if config.equalize_prob:
+        on = _coin(keys["equalize"], config.equalize_prob)
+        image = jnp.where(on, image_ops.equalize(image, box), image)
+    if config.rotation_degrees:
+        degrees = _uniform(keys["rotation"], -config.rotation_degrees, config.rotation_degrees)
+        image = image_ops.rotate(image, box, jnp.deg2rad(degrees))
+
+    crop = _crop(config, keys["crop"], box)
+    image = _resize(config, image, crop, _coin(keys["flip"], config.flip_prob))
+
+    if config.color_prob and config.color_strength:
+        image = _jitter(config, keys["color"], image)
+    if config.grayscale_prob and image.shape[1] == 3:
+        on = _coin(keys["grayscale"], config.grayscale_prob)
+        image = jnp.where(on, image_ops.grayscale(image), image)
+    image = jnp.clip(image, 0.0, 1.0)
+
+    if config.blur_prob and image_ops.blur_taps(config.size) > 1:
+        coin_key, sigma_key = jax.random.split(keys["blur"])
+        if config.blur_sigma_per == "image":
+            sigma = _uniform(sigma_key, config.blur_sigma_min, config.blur_sigma_max)
+        on = _coin(coin_key, config.blur_prob)
+        blur = image_ops.gaussian_matrix(config.size, sigma)
+        # an image that is not blurred is multiplied by the identity, which is exact
+        blurred = image_ops.separable(image, jnp.where(on, blur, jnp.eye(config.size)))
+        image = jnp.clip(blurred, 0.0, 1.0)
+    if config.cutout_prob and config.cutout_size:
+        coin_key, place_key = jax.random.split(keys["cutout"])
+        on = _coin(coin_key, config.cutout_prob)
+        holed = image
+        for centre in jax.random.randint(place_key, (config.cutout_holes, 2), 0, config.size):
+            holed = image_ops.cutout(holed, centre, round(config.cutout_size * config.size))
+        image = jnp.where(on, holed, image)
+    return image
+
+
+def _crop(config: AugmentConfig, key: jax.Array, box: jax.Array) -> jax.Array:
+    if not config.random_crop:
+        return image_ops.central_crop(box, config.eval_crop)
+    return image_ops.sample_crop(
+        key,
+        box,
+        area=(config.crop_area_min, config.crop_area_max),
+        aspect=(config.crop_aspect_min, config.crop_aspect_max),
+        min_covered=config.crop_min_covered,
+    )
+
+
+def _resize(
+    config: AugmentConfig, image: jax.Array, crop: jax.Array, flip: jax.Array | bool
+) -> jax.Array:
+    return image_ops.crop_and_resize(
+        image, crop, config.size, flip=jnp.asarray(flip), antialias=config.antialias
+    )
+
+
+def _jitter(config: AugmentConfig, key: jax.Array, image: jax.Array) -> jax.Array:
+    """Colour jitter with probability `color_prob`."""
+    coin, order, brightness, contrast, saturation, hue = jax.random.split(key, 6)
+    reach = 0.8 * config.color_strength
+    additive = config.brightness == "add"
+    color = image.shape[1] == 3
+    jittered = image_ops.color_jitter(
+        image,
+        jax.random.randint(order, (), 0, len(image_ops.ORDERS)),
+        brightness=_uniform(brightness, -reach if additive else 1 - reach, reach + (not additive)),
+        contrast=_uniform(contrast, 1 - reach, 1 + reach),
+        saturation=_uniform(saturation, 1 - reach, 1 + reach) if color else None,
+        hue=_uniform(hue, -0.2 * config.color_strength, 0.2 * config.color_strength)
+        if color
+        else None,
+        additive=additive,
+    )
+    return jnp.where(_coin(coin, config.color_prob), jittered, image)
+
+
+def _coin(key: jax.Array, probability: float) -> jax.Array:
+    return jax.random.uniform(key) < probability
+
+
+def _uniform(key: jax.Array, low: float, high: float) -> jax.Array:
+    return jax.random.uniform(key, minval=low, maxval=high)
+
+
+def _at_least_a_pixel(boxes: jax.Array) -> jax.Array:
+    """Rows that only fill up a batch may have empty boxes; they must not become NaN."""
+    return jnp.maximum(boxes, jnp.array([[0, 0, 1, 1]], boxes.dtype))
+
+
+def _check_shapes(images: jax.Array, boxes: jax.Array) -> None:
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or boxes.shape != (len(images), 4):
+        raise ValueError(
+            f"images [B, H, W, 1 or 3] and boxes [B, 4] expected, got {images.shape}, {boxes.shape}"
+        )

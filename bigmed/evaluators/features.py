@@ -1,0 +1,180 @@
+"""Frozen features of a whole data set: one sharded pass, done once and kept on disk."""
+
+import collections
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bigmed import metrics, sharding, tree
+from bigmed.data.pipeline import evaluation_batches
+from bigmed.errors import NonFiniteError
+
+log = logging.getLogger("bigmed")
+
+CACHE_FORMAT = 1
+IN_FLIGHT = 2  # batches sent to the device before the first is fetched
+
+PredictFn = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
+
+
+def weights_fingerprint(state: Any) -> str:
+    """Hash of the names and values of a tree of arrays, the same on any mesh."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in tree.flatten(state).items():
+        value = np.ascontiguousarray(_on_host(leaf))
+        digest.update(f"{name} {value.shape} {value.dtype};".encode())
+        digest.update(value.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def extract(
+    predict_fn: PredictFn,
+    state: Any,
+    source: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    canvas: int,
+    channels: int,
+    batch_size: int,
+    cache_dir: str | os.PathLike | None = None,
+    cache_key: str = "",
+) -> np.ndarray:
+    """The features of every record of a source, in the source's order.
+
+    Args:
+      predict_fn: pure; (state, batch) -> [B, D]. The batch is one of `evaluation_batches`, as
+        global arrays whose rows are split over the mesh.
+      state: what `predict_fn` wants.
+      source: a `bigmed.data.sources.Source`.
+      mesh: of `bigmed.sharding.make_mesh`.
+      canvas, channels: form of the images, see `evaluation_batches`.
+      batch_size: global; rounded up to a multiple of what the mesh divides rows over.
+      cache_dir: where to keep the features; None to not keep them.
+      cache_key: all else that they depend on: weights, layer, preprocessing.
+
+    Returns:
+      float32 [N, D], the same on every process.
+
+    Raises:
+      NonFiniteError: a feature is not finite.
+      UserError: an image cannot be read.
+    """
+    path = None
+    if cache_dir is not None:
+        identity = [CACHE_FORMAT, cache_key, source.fingerprint, canvas, channels]
+        name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+        path = pathlib.Path(cache_dir) / f"{name}.npz"
+        kept = _load(path, len(source))
+        if _everywhere(kept is not None):
+            return kept
+    batches = evaluation_batches(
+        source,
+        canvas=canvas,
+        channels=channels,
+        batch_size=_round_up(batch_size, mesh),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    features = _compute(predict_fn, state, source, mesh, batches)
+    if path is not None and jax.process_index() == 0:
+        write_npz(path, x=features)
+    return features
+
+
+def _round_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    return max(math.ceil(batch_size / shards), 1) * shards
+
+
+def _compute(
+    predict_fn: PredictFn, state: Any, source: Any, mesh: jax.sharding.Mesh, batches: Any
+) -> np.ndarray:
+    predict, rows = jax.jit(predict_fn), sharding.batch_sharding(mesh)
+    num_records, num_done, began = len(source), 0, time.monotonic()
+    features = None
+    seen = np.zeros(num_records, bool)
+    progress = None
+    if jax.process_index() == 0:
+        progress = metrics.Progress(f"features of {source.name}", num_records)
+
+    def store_oldest() -> None:
+        nonlocal features, num_done
+        x, record, mask = map(_on_host, in_flight.popleft())
+        x, record = x[mask].astype(np.float32), record[mask]
+        if not np.isfinite(x).all():
+            bad = record[np.argmin(np.isfinite(x).all(axis=1))]
+            raise NonFiniteError(f"the features of record {bad} of '{source.name}' are not finite")
+        if features is None:
+            features = np.empty((num_records, x.shape[1]), np.float32)
+        features[record], seen[record] = x, True
+        num_done += len(record)
+        if progress is not None and len(record):
+            speed = num_done / (time.monotonic() - began)
+            progress.update(num_done, f"{speed:.1f} images/s")
+
+    in_flight: collections.deque = collections.deque()
+    for host_batch in batches:
+        batch = sharding.put_batch(host_batch, rows)
+        in_flight.append((predict(state, batch), batch["record"], batch["mask"]))
+        if len(in_flight) > IN_FLIGHT:
+            store_oldest()
+    while in_flight:
+        store_oldest()
+    if progress is not None:
+        progress.close()
+    if features is None or not seen.all():
+        raise RuntimeError(f"'{source.name}' gave {seen.sum()} of its {num_records} records")
+    return features
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """The whole of a global array, on every process."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _everywhere(here: bool) -> bool:
+    """Whether it holds on every process, so that all take the same way."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def _load(path: pathlib.Path, num_records: int) -> np.ndarray | None:
+    """The features kept at `path`; None where there are none, or none that can be trusted."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features = file["x"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        log.warning("kept features %s are damaged and are made anew (%s)", path.name, error)
+        return None
+    if features.ndim != 2 or len(features) != num_records or features.dtype != np.float32:
+        log.warning("kept features %s do not fit the data and are made anew", path.name)
+        return None
+    return features
+
+
+def write_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+    """Writes arrays so that a reader finds the whole file or none."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

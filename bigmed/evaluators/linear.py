@@ -1,0 +1,250 @@
+"""Linear probe: L2-regularised logistic regression on frozen features, for a grid of strengths.
+
+The protocol of SimCLR's transfer experiments (arXiv 2002.05709, B.8): L-BFGS, no augmentation, the
+strength chosen on validation. The whole grid is solved in one call, on the device, in float32.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bigmed import sharding
+from bigmed.errors import UserError
+from bigmed.evaluators.probe import Probe, learnable, place
+
+log = logging.getLogger("bigmed")
+
+L2_GRID = tuple(float(value) for value in np.logspace(-5, 1, 13))
+MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
+TOLERANCE = 1e-5  # of the gradient, in the coordinates of `_solve`; see there
+NEVER = -1e9  # logit of a class without training images
+
+
+class Solution(NamedTuple):
+    """Classifiers of every L2 strength, for features as they were given (not standardised).
+
+    Attributes:
+      kernel: float64 [G, D, L]. bias: float64 [G, L].
+      converged: bool [G].
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    converged: np.ndarray
+
+
+class Evaluator(Probe):
+    """`Probe` by logistic regression: multinomial for single-label data, else one per class.
+
+    Args:
+      l2_grid: strengths to choose from; the loss is mean cross-entropy + l2/2 ||W||^2 on features
+        of zero mean and unit variance; scikit-learn's C is 1 / (l2 N).
+      max_iterations: of L-BFGS; strengths that need more are used as they are, with a line in the
+        log.
+      **probe: see `Probe`.
+    """
+
+    NAME = "linear"
+
+    def __init__(
+        self,
+        predict_fn: Any,
+        mesh: Any,
+        *,
+        l2_grid: Sequence[float] = L2_GRID,
+        max_iterations: int = 500,
+        **probe: Any,
+    ):
+        if not l2_grid or min(l2_grid) <= 0 or max_iterations < 1:
+            raise UserError(
+                f"l2_grid={tuple(l2_grid)}, max_iterations={max_iterations}: valid: positive values"
+            )
+        super().__init__(predict_fn, mesh, **probe)
+        self._l2_grid, self._max_iterations = tuple(l2_grid), max_iterations
+
+    def settings(self, num_train: int) -> list[dict[str, Any]]:
+        del num_train
+        return [{"l2": value} for value in sorted(self._l2_grid, reverse=True)]
+
+    def scores(
+        self,
+        settings: Sequence[Mapping[str, Any]],
+        x: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray,
+    ) -> np.ndarray:
+        """Probabilities [G, M, L]."""
+        l2 = [setting["l2"] for setting in settings]
+        task = self._sources["train"].task
+        found = fit(x, labels, l2, task, self._mesh, max_iterations=self._max_iterations)
+        if not found.converged.all():
+            late = ", ".join(f"{value:.1e}" for value in np.asarray(l2)[~found.converged])
+            log.warning(
+                "%s: not converged after %d iterations at l2 = %s",
+                self.NAME, self._max_iterations, late,
+            )  # fmt: skip
+        return np.stack([predict(found, g, queries, task) for g in range(len(l2))])
+
+
+def predict(found: Solution, g: int, x: np.ndarray, task: str) -> np.ndarray:
+    """Probabilities float64 [M, L] of features [M, D] under the g-th strength."""
+    logits = x.astype(np.float64) @ found.kernel[g] + found.bias[g]  # MD.DL = ML
+    if task == "multi_label":
+        return 0.5 * (1 + np.tanh(0.5 * logits))
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def fit(
+    x: np.ndarray,
+    labels: np.ndarray,
+    l2: Sequence[float],
+    task: str,
+    mesh: jax.sharding.Mesh,
+    *,
+    max_iterations: int = 500,
+) -> Solution:
+    """Minimises, for every l2, mean cross-entropy + l2/2 ||W||^2 on standardised features.
+
+    'single_label': softmax over the classes that have training images; the others get a logit that
+    no image reaches. 'multi_label': an independent sigmoid for each class, its mean taken over the
+    images where it is labelled; a class without both kinds of images scores 0.5 everywhere.
+
+    Args:
+      x: float32 [N, D].
+      labels: [N, L], 1, 0, or anything else for unknown; one-hot for 'single_label'.
+      l2: G strengths, positive.
+      task: 'single_label' or 'multi_label'.
+      mesh: the images are divided over it.
+      max_iterations: of L-BFGS.
+    """
+    mean, std = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    varies = std > 1e-6 * np.maximum(np.abs(mean), 1e-30)  # less is rounding
+    scale = np.where(varies, 1 / np.where(varies, std, 1), 0)
+    x = ((x - mean) * scale).astype(np.float32)
+    weights = _example_weights(labels, task)
+    offset = np.zeros(labels.shape[1], np.float32)
+    if task == "single_label":
+        offset[~(labels == 1).any(axis=0)] = NEVER
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    kernel, bias, size = _solve(
+        *(place(_pad(a, shards), rows) for a in (x, (labels == 1).astype(np.float32), weights)),
+        *(place(a, everywhere) for a in (offset, np.asarray(l2, np.float32))),
+        multinomial=task == "single_label",
+        max_iterations=max_iterations,
+    )
+    kernel = np.asarray(kernel, np.float64) * scale[:, None]
+    bias = np.asarray(bias, np.float64) + offset - mean @ kernel
+    return Solution(kernel, bias, np.asarray(size) <= TOLERANCE)
+
+
+def _example_weights(labels: np.ndarray, task: str) -> np.ndarray:
+    """float32 [N, L]: what the cross-entropy of each image and class counts; columns sum to 1."""
+    if task == "single_label":
+        return np.full(labels.shape, 1 / len(labels), np.float32)
+    known = ((labels == 0) | (labels == 1)) & learnable(labels)
+    return (known / np.maximum(known.sum(axis=0), 1)).astype(np.float32)
+
+
+def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
+    """With rows of zeros at the end, which have no weight in the loss."""
+    return np.pad(array, ((0, -len(array) % multiple), (0, 0)))
+
+
+def _solve(
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    offset: jax.Array,
+    l2: jax.Array,
+    *,
+    multinomial: bool,
+    max_iterations: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    with jax.default_matmul_precision("highest"):
+        return _solve_compiled(x, targets, weights, offset, l2, multinomial, max_iterations)
+
+
+def _solve_grid(
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    offset: jax.Array,
+    l2: jax.Array,
+    multinomial: bool,
+    max_iterations: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(kernel [G, D, L], bias [G, L], largest gradient element [G]).
+
+    The variables are W in the eigenbasis V of the features' covariance, each row in units of the
+    square root of an upper bound of the loss's curvature along it: var/4 + l2 for the sigmoid,
+    var/2 + l2 for the softmax (Boehning 1992). The Hessian is then at most 1 in every direction,
+    whatever the features' correlations and l2, and a few dozen iterations do; in the coordinates of
+    W, weak regularisation of correlated features needs thousands. The strengths are solved one
+    after the other, because side by side all would take as many iterations as the weakest.
+    """
+    curvature = 0.5 if multinomial else 0.25
+    n = jnp.sum(jnp.any(weights > 0, axis=1))
+    variances, basis = jnp.linalg.eigh(x.T @ x / n)  # DN.ND = DD
+    variances = jnp.maximum(variances, 0)
+    rotated = x @ basis  # ND.DD = ND
+    unit_bias = curvature**-0.5
+
+    def solve(strength: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        floor = 1e-7 * variances.max()  # below it, an eigenvalue is rounding
+        unit = (curvature * jnp.maximum(variances, floor) + strength)[:, None] ** -0.5
+
+        def loss(variables: dict[str, jax.Array]) -> jax.Array:
+            kernel, bias = unit * variables["kernel"], unit_bias * variables["bias"]
+            logits = rotated @ kernel + (bias + offset)[None, :]  # ND.DL = NL
+            if multinomial:
+                losses = -targets * jax.nn.log_softmax(logits)
+            else:
+                losses = jax.nn.softplus(logits) - targets * logits
+            return jnp.sum(weights * losses) + 0.5 * strength * jnp.sum(kernel**2)
+
+        shape = (x.shape[1], targets.shape[1])
+        start = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
+        found, size = _lbfgs(loss, start, max_iterations)
+        return basis @ (unit * found["kernel"]), unit_bias * found["bias"], size  # DD.DL = DL
+
+    return jax.lax.map(solve, l2)
+
+
+_solve_compiled = jax.jit(_solve_grid, static_argnums=(5, 6))
+
+
+def _lbfgs(
+    loss: Callable[[Any], jax.Array], start: Any, max_iterations: int
+) -> tuple[Any, jax.Array]:
+    """The minimum, and the largest element of the gradient there."""
+    optimiser = optax.lbfgs(memory_size=MEMORY)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def size(gradient: Any) -> jax.Array:
+        return jnp.max(jnp.array([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradient)]))
+
+    def unfinished(carry: Any) -> jax.Array:
+        _, state, gradient_size = carry
+        count = optax.tree.get(state, "count")
+        return (count < max_iterations) & (gradient_size > TOLERANCE)
+
+    def iterate(carry: Any) -> Any:
+        variables, state, _ = carry
+        value, gradient = value_and_grad(variables, state=state)
+        updates, state = optimiser.update(
+            gradient, state, variables, value=value, grad=gradient, value_fn=loss
+        )
+        after = optax.tree.get(state, "grad")  # where the line search ended
+        return optax.apply_updates(variables, updates), state, size(after)
+
+    carry = (start, optimiser.init(start), jnp.inf)
+    found, _, gradient_size = jax.lax.while_loop(unfinished, iterate, carry)
+    return found, gradient_size

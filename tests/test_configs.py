@@ -1,0 +1,53 @@
+"""Every config builds, locks, documents itself, and ends in a report in its `:smoke` form."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import pytest
+
+from bigmed import curriculum
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+NAMES = sorted(p.stem for p in (REPO / "configs").glob("*.py") if p.stem != "common")
+
+
+def load(name, arg=""):
+    return importlib.import_module(f"configs.{name}").get_config(arg).lock()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_says_how_to_run_it_and_what_to_expect(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    for part in (f"--config configs/{name}.py", "xpected", "2 CPU cores" if "our" in text else ""):
+        assert part in text
+    config = load(name)
+    assert config.stages and set(config.stages) <= set(config.stage)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_smoke_form_ends_in_a_report(name, tmp_path, compiled_once):
+    config = load(name, "smoke")
+    printed = curriculum.run(config, tmp_path, stop=lambda: False)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {row["stage"] for row in rows} == set(config.stages)
+    assert {row["evaluator"] for row in rows} == set(config.evaluate)
+    for row in rows:
+        assert row["n_images"] > 0 and row["n_patients"] > 0 and row["split_sha256"]
+        if row["value"] is not None and row["ci_low"] is not None:
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
+    assert all(stage in printed for stage in config.stages)
+    report = (tmp_path / "report.html").read_text()
+    assert "synthetic" in report.lower()
+    # No patient id of the data set may reach anything that the run reports.
+    ids = [f"patient{i:05d}" for i in range(3)]
+    for path in (tmp_path / "results.json", tmp_path / "report.html"):
+        assert not any(i in path.read_text() for i in ids)
