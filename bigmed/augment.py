@@ -3,8 +3,8 @@
 The order is that of SimCLR (arXiv 2002.05709, appendix A, and its code) with REMEDIS's additions in
 front: equalise, rotate, crop and resize, flip, colour jitter, grayscale, clip, blur, cutout.
 
-Each example draws from its own key, the caller's folded with the example's global index, and each
-operation from a stream of its own. So draws do not depend on how the batch is spread over devices,
+Each example draws from its own key, the caller's folded with the example's global index, and every
+decision has a number of its own. So draws do not depend on how the batch is spread over devices,
 and switching one operation off leaves the draws of the others alone.
 """
 
@@ -49,7 +49,11 @@ _CHOICES = {
 }
 _WHOLE = ("size", "cutout_holes")
 _PAIRS = ("crop_area", "crop_aspect", "blur_sigma")
-_STREAMS = ("equalize", "rotation", "crop", "flip", "color", "grayscale", "blur", "cutout")
+# What an example draws besides its crop and the places of its holes: one number in [0, 1) for each.
+_DRAWS = (
+    *("equalize", "rotation", "flip", "color", "order", "brightness", "contrast", "saturation"),
+    *("hue", "grayscale", "blur", "sigma", "cutout"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,7 @@ RECIPES = {
 
 
 def from_config(config: Mapping[str, Any]) -> AugmentConfig:
-    """The recipe that `config['recipe']` names, with every other value that is not None put over.
+    """The recipe that `config['recipe']` names, its fields replaced by the values not None.
 
     Raises:
       UserError: no such recipe or field, or a value out of range.
@@ -165,9 +169,7 @@ def augment(
     batch_key, example_key = jax.random.split(key)
     indices = first_index + jnp.arange(len(images))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(example_key, indices)
-    # the batch's sigma; `_view` draws one of its own where blur_sigma_per is 'image'
-    sigma = _uniform(batch_key, config.blur_sigma_min, config.blur_sigma_max)
-    view = functools.partial(_view, config, sigma)
+    view = functools.partial(_view, config, jax.random.uniform(batch_key))
     return jax.vmap(view)(keys, images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
 
 
@@ -192,45 +194,42 @@ def eval_transform(config: AugmentConfig, images: jax.Array, boxes: jax.Array) -
 
 
 def _view(
-    config: AugmentConfig, sigma: jax.Array, key: jax.Array, image: jax.Array, box: jax.Array
+    config: AugmentConfig, batch_draw: jax.Array, key: jax.Array, image: jax.Array, box: jax.Array
 ) -> jax.Array:
     """One view [S, C, S] of one image [H, W, C]; the row-planar layout is that of `image_ops`."""
-    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(_STREAMS)}
+    crop_key, holes_key, key = jax.random.split(key, 3)
+    draw = dict(zip(_DRAWS, jax.random.uniform(key, (len(_DRAWS),)), strict=True))
     image = image_ops.to_float(image)
 
     if config.equalize_prob:
-        on = _coin(keys["equalize"], config.equalize_prob)
+        on = draw["equalize"] < config.equalize_prob
         image = jnp.where(on, image_ops.equalize(image, box), image)
     if config.rotation_degrees:
-        degrees = _uniform(keys["rotation"], -config.rotation_degrees, config.rotation_degrees)
+        degrees = _between(-config.rotation_degrees, config.rotation_degrees, draw["rotation"])
         image = image_ops.rotate(image, box, jnp.deg2rad(degrees))
 
-    crop = _crop(config, keys["crop"], box)
-    image = _resize(config, image, crop, _coin(keys["flip"], config.flip_prob))
+    crop = _crop(config, crop_key, box)
+    image = _resize(config, image, crop, draw["flip"] < config.flip_prob)
 
     if config.color_prob and config.color_strength:
-        image = _jitter(config, keys["color"], image)
+        image = jnp.where(draw["color"] < config.color_prob, _jitter(config, draw, image), image)
     if config.grayscale_prob and image.shape[1] == 3:
-        on = _coin(keys["grayscale"], config.grayscale_prob)
+        on = draw["grayscale"] < config.grayscale_prob
         image = jnp.where(on, image_ops.grayscale(image), image)
     image = jnp.clip(image, 0.0, 1.0)
 
     if config.blur_prob and image_ops.blur_taps(config.size) > 1:
-        coin_key, sigma_key = jax.random.split(keys["blur"])
-        if config.blur_sigma_per == "image":
-            sigma = _uniform(sigma_key, config.blur_sigma_min, config.blur_sigma_max)
-        on = _coin(coin_key, config.blur_prob)
+        place = batch_draw if config.blur_sigma_per == "batch" else draw["sigma"]
+        sigma = _between(config.blur_sigma_min, config.blur_sigma_max, place)
         blur = image_ops.gaussian_matrix(config.size, sigma)
         # an image that is not blurred is multiplied by the identity, which is exact
-        blurred = image_ops.separable(image, jnp.where(on, blur, jnp.eye(config.size)))
-        image = jnp.clip(blurred, 0.0, 1.0)
+        matrix = jnp.where(draw["blur"] < config.blur_prob, blur, jnp.eye(config.size))
+        image = jnp.clip(image_ops.separable(image, matrix), 0.0, 1.0)
     if config.cutout_prob and config.cutout_size:
-        coin_key, place_key = jax.random.split(keys["cutout"])
-        on = _coin(coin_key, config.cutout_prob)
         holed = image
-        for centre in jax.random.randint(place_key, (config.cutout_holes, 2), 0, config.size):
+        for centre in jax.random.randint(holes_key, (config.cutout_holes, 2), 0, config.size):
             holed = image_ops.cutout(holed, centre, round(config.cutout_size * config.size))
-        image = jnp.where(on, holed, image)
+        image = jnp.where(draw["cutout"] < config.cutout_prob, holed, image)
     return image
 
 
@@ -254,32 +253,24 @@ def _resize(
     )
 
 
-def _jitter(config: AugmentConfig, key: jax.Array, image: jax.Array) -> jax.Array:
-    """Colour jitter with probability `color_prob`."""
-    coin, order, brightness, contrast, saturation, hue = jax.random.split(key, 6)
-    reach = 0.8 * config.color_strength
+def _jitter(config: AugmentConfig, draw: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
+    reach, turns = 0.8 * config.color_strength, 0.2 * config.color_strength
     additive = config.brightness == "add"
+    unchanged = 0.0 if additive else 1.0
     color = image.shape[1] == 3
-    jittered = image_ops.color_jitter(
+    return image_ops.color_jitter(
         image,
-        jax.random.randint(order, (), 0, len(image_ops.ORDERS)),
-        brightness=_uniform(brightness, -reach if additive else 1 - reach, reach + (not additive)),
-        contrast=_uniform(contrast, 1 - reach, 1 + reach),
-        saturation=_uniform(saturation, 1 - reach, 1 + reach) if color else None,
-        hue=_uniform(hue, -0.2 * config.color_strength, 0.2 * config.color_strength)
-        if color
-        else None,
+        jnp.floor(draw["order"] * len(image_ops.ORDERS)).astype(jnp.int32),
+        brightness=_between(unchanged - reach, unchanged + reach, draw["brightness"]),
+        contrast=_between(1 - reach, 1 + reach, draw["contrast"]),
+        saturation=_between(1 - reach, 1 + reach, draw["saturation"]) if color else None,
+        hue=_between(-turns, turns, draw["hue"]) if color else None,
         additive=additive,
     )
-    return jnp.where(_coin(coin, config.color_prob), jittered, image)
 
 
-def _coin(key: jax.Array, probability: float) -> jax.Array:
-    return jax.random.uniform(key) < probability
-
-
-def _uniform(key: jax.Array, low: float, high: float) -> jax.Array:
-    return jax.random.uniform(key, minval=low, maxval=high)
+def _between(low: float, high: float, place: jax.Array) -> jax.Array:
+    return low + (high - low) * place
 
 
 def _at_least_a_pixel(boxes: jax.Array) -> jax.Array:

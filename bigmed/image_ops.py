@@ -1,9 +1,9 @@
 """Image operations on one image each, written to be mapped over a batch with `jax.vmap`.
 
 Images on the input canvas are [H, W, C]. `crop_and_resize` gives *row-planar* images [S, C, S]:
-(row, channel, column). In that layout everything separable (resizing, flipping, blurring) is a plain
-matrix product from the left and another from the right, and a colour channel is a contiguous row.
-All arithmetic is float32, values are in [0, 1], and boxes are (top, left, height, width) in pixels.
+row, channel, column. In that layout everything separable (resizing, flipping, blurring) is a matrix
+product from the left and one from the right, and the values of a channel lie side by side. All
+arithmetic is float32, values are in [0, 1], and boxes are (top, left, height, width) in pixels.
 """
 
 import itertools
@@ -38,9 +38,9 @@ def sample_crop(
 ) -> jax.Array:
     """A random crop within `box`, drawn as TensorFlow's sample_distorted_bounding_box draws it.
 
-    The aspect (width / height) is uniform, then the integer height is uniform between those that the
-    area range allows. Of 100 attempts the first valid one counts; the whole box if there is none.
-    torchvision's sampler (area uniform, log-aspect uniform) gives larger crops.
+    The aspect (width / height) is uniform, then the integer height is uniform between those that
+    the area range allows. Of 100 attempts the first valid one counts; the whole box if there is
+    none. torchvision's sampler (area uniform, log-aspect uniform) gives larger crops.
 
     Args:
       key: PRNG key.
@@ -86,16 +86,10 @@ def sample_crop(
         & (pixels / whole >= min_covered)
     )
     # TensorFlow's offsets leave out the last possible one; so do these
-    crops = jnp.stack(
-        [
-            top + below(u_top, box_height - height),
-            left + below(u_left, box_width - width),
-            height,
-            width,
-        ]
-    )
-    first = jnp.argmax(valid)
-    return jnp.where(valid.any(), crops[:, first], box.astype(jnp.int32))
+    top += below(u_top, box_height - height)
+    left += below(u_left, box_width - width)
+    first = jnp.stack([top, left, height, width])[:, jnp.argmax(valid)]
+    return jnp.where(valid.any(), first, box.astype(jnp.int32))
 
 
 def central_crop(box: jax.Array, fraction: float) -> jax.Array:
@@ -110,7 +104,7 @@ def central_crop(box: jax.Array, fraction: float) -> jax.Array:
     return jnp.stack([top + (height - side + 1) // 2, left + (width - side + 1) // 2, side, side])
 
 
-def _keys(x: jax.Array) -> jax.Array:
+def _cubic(x: jax.Array) -> jax.Array:
     """The cubic convolution kernel of Keys (1981) with a = -0.5."""
     x = jnp.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1.0
@@ -123,17 +117,18 @@ def resize_matrix(
 ) -> jax.Array:
     """The matrix [size, canvas] that crops, bicubically resizes and maybe mirrors one axis.
 
-    Half-pixel centres. As in TensorFlow, pixels outside the crop get no weight and the rest is
-    renormalised. With `antialias` the kernel is widened when shrinking; SimCLR does not.
+    Half-pixel centres; as in TensorFlow, pixels outside the crop get no weight and the rest is
+    renormalised.
     """
-    scale = length.astype(jnp.float32) / size
-    reach = jnp.maximum(scale, 1.0) if antialias else jnp.float32(1)
-    outputs = jnp.arange(size)
+    outputs, pixels = jnp.arange(size), jnp.arange(canvas)
     outputs = jnp.where(flip, size - 1 - outputs, outputs)
-    centres = start + (outputs + 0.5) * scale - 0.5
-    pixels = jnp.arange(canvas)
     inside = (pixels >= start) & (pixels < start + length)
-    weights = _keys((centres[:, None] - pixels[None, :]) / reach)
+    # Distances from an output's centre (i + .5) * length / size - .5 to the pixels, in units of
+    # 1 / (2 * size) of a pixel: exact in integers, so that nothing depends on how it is compiled.
+    centres = (2 * outputs + 1) * length - size
+    distances = (centres[:, None] - 2 * size * (pixels - start)[None, :]).astype(jnp.float32)
+    reach = jnp.maximum(length, size) if antialias else size
+    weights = _cubic(distances / (2 * reach))
     weights = jnp.where(inside[None, :], weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -150,7 +145,7 @@ def crop_and_resize(
       crop: int [4]. No pixel outside it is read.
       size: S.
       flip: bool scalar.
-      antialias: see `resize_matrix`.
+      antialias: widens the kernel when shrinking.
 
     Returns:
       float32 [S, C, S].
@@ -160,28 +155,18 @@ def crop_and_resize(
     rows = resize_matrix(size, height, top, crop_height, jnp.bool_(False), antialias)
     columns = resize_matrix(size, width, left, crop_width, flip, antialias)
     # [S, H] @ [H, W * C], then [S * C, W] @ [W, S]
-    image = jnp.matmul(
-        rows, image.reshape(height, width * channels), precision=PRECISION
-    )
+    image = jnp.matmul(rows, image.reshape(height, width * channels), precision=PRECISION)
     image = image.reshape(size, width, channels).swapaxes(1, 2)
-    image = jnp.matmul(
-        image.reshape(size * channels, width), columns.T, precision=PRECISION
-    )
+    image = jnp.matmul(image.reshape(size * channels, width), columns.T, precision=PRECISION)
     return image.reshape(size, channels, size)
 
 
 def equalize(image: jax.Array, box: jax.Array) -> jax.Array:
     """Histogram equalisation over the pixels of `box`, each channel by itself, with 256 bins.
 
-    A pixel's new value is (cdf(value) - cdf(darkest)) / (pixels - cdf(darkest)), as in OpenCV's
+    A value becomes (cdf(value) - cdf(darkest)) / (pixels - cdf(darkest)), as in OpenCV's
     equalizeHist; between bins (16-bit images) the map is linear. A constant channel stays as it is.
-
-    Args:
-      image: float [H, W, C] in [0, 1].
-      box: int [4].
-
-    Returns:
-      float32 [H, W, C]; what lies outside the box is of no meaning.
+    Takes [H, W, C] in [0, 1] and gives the same; what lies outside the box is of no meaning.
     """
     height, width, channels = image.shape
     rows, columns = _inside(box, jnp.arange(height), jnp.arange(width))
@@ -205,7 +190,8 @@ def equalize(image: jax.Array, box: jax.Array) -> jax.Array:
         return jnp.where(spread > 0, mapped, values / 255.0)
 
     flat = image.reshape(height * width, channels)
-    return jax.vmap(one_channel, in_axes=1, out_axes=1)(flat).reshape(image.shape)
+    mapped = [one_channel(flat[:, channel]) for channel in range(channels)]
+    return jnp.stack(mapped, axis=1).reshape(image.shape)
 
 
 def rotate(image: jax.Array, box: jax.Array, radians: jax.Array) -> jax.Array:
@@ -255,16 +241,10 @@ def _inside(box: jax.Array, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.
 def adjust_hsv(
     image: jax.Array, is_saturation: jax.Array, saturation: jax.Array, hue: jax.Array
 ) -> jax.Array:
-    """tf.image.adjust_saturation or tf.image.adjust_hue: one round trip through HSV for either.
+    """tf.image.adjust_saturation or adjust_hue of [S, 3, S]: one HSV round trip for either.
 
-    Args:
-      image: float [S, 3, S].
-      is_saturation: bool scalar; which of the two.
-      saturation: factor of the HSV saturation, which is then clipped to [0, 1].
-      hue: shift, in turns of the colour circle.
-
-    Returns:
-      float32 [S, 3, S].
+    `is_saturation` (bool scalar) says which: the saturation is scaled by the factor and clipped to
+    at most 1, or the hue is shifted by turns of the colour circle.
     """
     red, green, blue = image[:, 0], image[:, 1], image[:, 2]
     value = jnp.maximum(jnp.maximum(red, green), blue)

@@ -11,6 +11,7 @@ that class's metrics.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -209,8 +210,30 @@ def bootstrap(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def estimate(
-    scores: np.ndarray,
+@dataclasses.dataclass(frozen=True)
+class Resampled:
+    """The metrics of a model on a test set and on resamples of it.
+
+    Attributes:
+      values: {metric: float}.
+      samples: {metric: float64 [R]}.
+      patients: {metric: int [n]}, whose image each of the images is that the metric uses.
+    """
+
+    values: Mapping[str, float]
+    samples: Mapping[str, np.ndarray]
+    patients: Mapping[str, np.ndarray]
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Every metric with its interval."""
+        return {
+            name: _estimate(value, self.samples[name], self.patients[name])
+            for name, value in self.values.items()
+        }
+
+
+def resample(
+    scores: Sequence[np.ndarray],
     labels: np.ndarray,
     patients: np.ndarray,
     class_names: Sequence[str],
@@ -218,52 +241,23 @@ def estimate(
     *,
     num_resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Estimate]:
-    """The metrics of one model on one test set, with intervals.
+) -> Resampled:
+    """The metrics of one model, a mean over its training seeds, with patients resampled.
 
     Args:
-      scores: [N, L].
+      scores: [N, L] for each training seed of the model.
       labels: [N, L]; rows that are not `usable` are left out.
       patients: [N].
       class_names, task: see `classification_metrics`.
-      num_resamples, seed: see `bootstrap`.
-    """
-    return paired_difference(
-        [scores], [], labels, patients, class_names, task, num_resamples=num_resamples, seed=seed
-    )
-
-
-def paired_difference(
-    scores_a: Sequence[np.ndarray],
-    scores_b: Sequence[np.ndarray],
-    labels: np.ndarray,
-    patients: np.ndarray,
-    class_names: Sequence[str],
-    task: str,
-    *,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Estimate]:
-    """Metric of a minus metric of b on the same images, both seeing the same resamples.
-
-    The interval covers the choice of test patients. It does not cover what another training seed
-    would do, beyond that the metrics of several seeds are averaged before the difference is taken.
-
-    Args:
-      scores_a, scores_b: the [N, L] scores of each training seed of the two models; an empty b
-        counts as zero.
-      labels, patients, class_names, task, num_resamples, seed: see `estimate`.
+      num_resamples, seed: see `bootstrap`; the same seed draws the same patients for every model.
     """
     keep = usable(labels, task)
     labels, patients = labels[keep], patients[keep]
-    functions_a, functions_b = (
-        [classification_metrics(scores[keep], labels, class_names, task) for scores in group]
-        for group in (scores_a, scores_b)
-    )
+    functions = [classification_metrics(one[keep], labels, class_names, task) for one in scores]
 
     def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
-        of_a, of_b = (_average(group, weights) for group in (functions_a, functions_b))
-        return {name: value - of_b.get(name, 0.0) for name, value in of_a.items()}
+        results = [function(weights) for function in functions]
+        return {name: np.mean([result[name] for result in results], axis=0) for name in results[0]}
 
     values = metrics(np.ones((len(labels), 1)))
     if len(labels):
@@ -271,18 +265,30 @@ def paired_difference(
     else:
         samples = {name: np.full(num_resamples, np.nan) for name in values}
     known = (labels == 0) | (labels == 1)  # [N, L]
-    rows = {f"auc/{name}": known[:, c] for c, name in enumerate(class_names)}
-    everyone = np.ones(len(labels), bool)
-    return {
-        name: _estimate(float(value[0]), samples[name], patients[rows.get(name, everyone)])
-        for name, value in values.items()
-    }
+    of_class = {f"auc/{name}": patients[known[:, c]] for c, name in enumerate(class_names)}
+    return Resampled(
+        values={name: float(value[0]) for name, value in values.items()},
+        samples=samples,
+        patients={name: of_class.get(name, patients) for name in values},
+    )
 
 
-def _average(functions: Sequence[Metrics], weights: np.ndarray) -> Mapping[str, np.ndarray]:
-    results = [function(weights) for function in functions]
-    names = results[0] if results else ()
-    return {name: np.mean([result[name] for result in results], axis=0) for name in names}
+def estimate(scores: np.ndarray, *args: Any, **kwargs: Any) -> dict[str, Estimate]:
+    """The metrics of one model [N, L] with intervals; the other arguments are `resample`'s."""
+    return resample([scores], *args, **kwargs).estimates()
+
+
+def paired_difference(a: Resampled, b: Resampled) -> dict[str, Estimate]:
+    """The metrics of a minus those of b, both of the same images and the same resamples.
+
+    The interval covers the choice of test patients. It does not cover what other training seeds
+    would do.
+    """
+    return Resampled(
+        values={name: value - b.values[name] for name, value in a.values.items()},
+        samples={name: samples - b.samples[name] for name, samples in a.samples.items()},
+        patients=a.patients,
+    ).estimates()
 
 
 def _estimate(value: float, samples: np.ndarray, patients: np.ndarray) -> Estimate:

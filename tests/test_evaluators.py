@@ -3,8 +3,12 @@
 import itertools
 import json
 import logging
+import socket
+import subprocess
+import sys
 import types
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +19,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from bigmed import sharding
-from bigmed.data import schema
+from bigmed.data import ingest, manifest, schema
+from bigmed.data.sources import open_source
 from bigmed.errors import NonFiniteError, UserError
 from bigmed.evaluators import features, knn, linear, probe
 
@@ -69,8 +74,8 @@ def memory_batches(source, *, canvas, channels, batch_size, process_index, proce
         }
 
 
-def refuse_shared_patients(*sources):
-    for one, other in itertools.combinations(sources, 2):
+def refuse_shared_patients(*opened):
+    for one, other in itertools.combinations(opened, 2):
         if set(one.patient_keys) & set(other.patient_keys):
             raise UserError(f"{one.name} and {other.name} share patients")
 
@@ -253,14 +258,14 @@ def test_independent_sigmoids_with_unknown_labels_equal_sklearn(mesh, l2):
 
 def test_fit_with_fewer_images_than_features_and_separable_classes(mesh):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(21, 300)).astype(np.float32)
+    x = rng.normal(size=(21, 60)).astype(np.float32)
     actual = np.arange(21) % 2
     labels = np.stack([1 - actual, actual], axis=1).astype(np.int8)
-    found = linear.fit(x, labels, linear.L2_GRID, "multi_label", mesh)
+    found = linear.fit(x, labels, [1e-4, 1e-2, 10.0], "multi_label", mesh)
     assert found.converged.all()
     scaled = StandardScaler().fit_transform(x.astype(np.float64))
-    for g in (2, 6, 12):
-        reference = LogisticRegression(C=1 / (linear.L2_GRID[g] * 21), tol=1e-10, max_iter=20000)
+    for g, l2 in enumerate([1e-4, 1e-2, 10.0]):
+        reference = LogisticRegression(C=1 / (l2 * 21), tol=1e-8, max_iter=5000)
         expected = reference.fit(scaled, actual).predict_proba(scaled)
         np.testing.assert_allclose(linear.predict(found, g, x, "multi_label"), expected, atol=1e-3)
 
@@ -542,3 +547,119 @@ def test_a_state_may_be_any_tree_with_attributes(toy, mesh):
         wrapped, source, mesh, canvas=4, channels=1, batch_size=16,
     )  # fmt: skip
     assert found.shape == (60, 16)
+
+
+# --------------------------------------------------------------------- real data, real processes
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A data set on disk, made by ingest: bright at the left or right; 1-4 images a patient."""
+    folder = tmp_path_factory.mktemp("stored")
+    rng = np.random.default_rng(0)
+    lines = ["image_path,person,side"]
+    for patient in range(60):
+        for i in range(rng.integers(1, 5)):
+            side = rng.integers(2)
+            image = rng.normal(90, 30, size=(20, 28))
+            image[:, 14 * side : 14 * side + 14] += 30
+            cv2.imwrite(str(folder / f"{patient}_{i}.png"), image.clip(0, 255).astype(np.uint8))
+            lines.append(f"{patient}_{i}.png,MRN-{patient:04d},{('left', 'right')[side]}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    source = manifest.SourceConfig(
+        str(folder / "manifest.csv"), patient_column="person", label_column="side"
+    )
+    store = ingest.StoreConfig(name="sides", size=28, format="png", fractions=(0.5, 0.2, 0.3))
+    ingest.prepare(source, store, folder / "sides", say=lambda line: None)
+    return folder
+
+
+def test_linear_and_knn_on_a_stored_data_set(stored, mesh, tmp_path):
+    def coarse(state, batch):
+        """Means of 4 x 4 blocks of the image on its canvas."""
+        image = batch["image"][:, 0, :, :, 0].astype(jnp.float32) / 255
+        means = image.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
+        return means.reshape(-1, 64) * state["scale"]
+
+    state = {"scale": jnp.ones((1, 1))}
+    splits = {s: {"dir": str(stored / "sides"), "split": s} for s in probe.SPLITS}
+    form = {"canvas": 32, "channels": 1, "preprocessing": {}, "batch_size": 16, "hash_key": KEY}
+    kept = {"cache_dir": tmp_path / "features", "predictions_dir": tmp_path / "predictions"}
+    test = open_source(splits["test"])
+    found = features.extract(coarse, state, test, mesh, canvas=32, channels=1, batch_size=16)
+    names = test.read_field("image_id", range(3))
+    top_left = [cv2.imread(str(stored / name), -1)[:4, :4].mean() / 255 for name in names]
+    np.testing.assert_allclose(found[:3, 0], top_left, rtol=1e-5)
+    assert (found[:, 8 * 5 :] == 0).all()  # below the image there is only canvas
+
+    for module in (linear, knn):
+        evaluator = module.Evaluator(coarse, mesh, **splits, **form, **kept)
+        rows = {row["metric"]: row for row in evaluator.run(state, "00_simclr/5")}
+        assert set(rows) >= {"auc_macro", "accuracy", "balanced_accuracy", "auc/right"}
+        assert rows["accuracy"]["value"] > 0.9 and rows["accuracy"]["ci_low"] > 0.8
+        assert rows["accuracy"]["n_images"] == len(test)
+        assert rows["accuracy"]["n_patients"] == len(test.patient_keys)
+        assert rows["accuracy"]["split_sha256"] == test.split_sha256
+        assert "MRN-" not in json.dumps(list(rows.values()))
+    assert len(list((tmp_path / "features").iterdir())) == 3  # shared by both evaluators
+    with pytest.raises(UserError, match="share .* patients"):
+        linear.Evaluator(coarse, mesh, **{**splits, "val": splits["test"]}, **form)
+
+
+TWO_PROCESSES = """
+import sys, types
+import jax, numpy as np
+port, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+from bigmed import sharding
+from bigmed.evaluators import features, knn, linear
+
+def batches(source, *, batch_size, process_index, process_count, **form):
+    half = batch_size // process_count
+    for start in range(0, 23, batch_size):
+        record = start + half * process_index + np.arange(half, dtype=np.int32)
+        mask = record < 23
+        yield {"image": source.images[np.minimum(record, 22)], "mask": mask, "record": record}
+
+features.evaluation_batches = batches
+class Source(types.SimpleNamespace):
+    def __len__(self):
+        return 23
+images = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
+source = Source(name="toy", fingerprint="f", images=images)
+mesh = sharding.make_mesh({"data": 2, "fsdp": 2})
+weights = sharding.put_batch({"w": np.eye(5, dtype=np.float32)[2 * rank : 2 * rank + 2]},
+                             sharding.batch_sharding(mesh))
+features.weights_fingerprint(weights)
+for _ in range(2):  # the second time from the kept file
+    x = features.extract(lambda state, batch: 2 * batch["image"], {}, source, mesh,
+                         canvas=1, channels=1, batch_size=8, cache_dir=folder)
+    np.testing.assert_allclose(x, 2 * images)
+labels = (images[:, :1] > 0).astype(np.int8)
+solution = linear.fit(x, labels, [0.1], "multi_label", mesh)
+assert ((linear.predict(solution, 0, x, "multi_label") > 0.5) == labels).mean() > 0.9
+similarity, index = knn.nearest(x, x, 3, mesh)
+np.testing.assert_array_equal(index[:, 0], np.arange(23))
+print("whole")
+"""
+
+
+def test_the_feature_pass_and_the_probes_work_in_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", TWO_PROCESSES, port]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=-1, stderr=-1, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for out, err in outputs:
+        assert out.rstrip().endswith("whole"), err[-2000:]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -176,13 +176,17 @@ def test_paired_difference_is_narrower_than_the_intervals_and_zero_for_equal_mod
     shared = rng.normal(size=(200, 1)) + labels
     a, b = shared + 0.3 * labels, shared + 0.05 * rng.normal(size=(200, 1))
     args = (labels, np.arange(200) // 2, ("x",), "multi_label")
-    difference = statistics.paired_difference([a], [b], *args)["auc_macro"]
-    of_a, of_b = (statistics.estimate(s, *args)["auc_macro"] for s in (a, b))
-    assert difference.value == pytest.approx(of_a.value - of_b.value)
+    of_a, of_b = (statistics.resample([scores], *args) for scores in (a, b))
+    difference = statistics.paired_difference(of_a, of_b)["auc_macro"]
+    one, other = (of.estimates()["auc_macro"] for of in (of_a, of_b))
+    assert difference.value == pytest.approx(one.value - other.value)
     assert difference.low > 0  # although the two models' intervals overlap
-    assert of_b.high > of_a.low
-    none = statistics.paired_difference([a, b], [b, a], *args)["auc_macro"]
+    assert other.high > one.low
+    seeds = [statistics.resample(scores, *args) for scores in ([a, b], [b, a])]
+    none = statistics.paired_difference(*seeds)["auc_macro"]
     assert (none.value, none.low, none.high) == pytest.approx((0, 0, 0), abs=1e-12)
+    mean = seeds[0].estimates()["auc_macro"]
+    assert mean.value == pytest.approx((one.value + other.value) / 2)
 
 
 def test_label_policies():

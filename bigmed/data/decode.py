@@ -13,7 +13,7 @@ from bigmed.data.records import Records
 # The pipeline's own threads are the parallelism: OpenCV's would compete with them.
 cv2.setNumThreads(1)
 
-_SPAN = 16  # images that a thread reads and decodes at a time
+_SPAN = 16  # images that a thread takes at a time
 
 
 def decode_onto(canvas: np.ndarray, encoded: bytes) -> tuple[int, int]:
@@ -65,8 +65,8 @@ def decode_onto(canvas: np.ndarray, encoded: bytes) -> tuple[int, int]:
 class BatchDecoder:
     """Reads and decodes the images of a batch into one array.
 
-    Records are read many at a time and threads decode spans of a batch: element-wise loading, as
-    grain does it by itself, reaches half the images a second. Pickles without its threads.
+    Threads take spans of the batch: element-wise loading and batching, as grain does it by itself,
+    reaches half the images a second. Pickles without its threads.
     """
 
     def __init__(
@@ -118,15 +118,16 @@ class BatchDecoder:
         return images, boxes
 
     def _decode_span(self, span, source, records, images, boxes) -> None:
-        """Fills images and boxes at the places `span`, which are sorted by source."""
+        """Fills images and boxes at the places `span`."""
         for number in np.unique(source[span]).tolist():
-            slots = span[source[span] == number]
-            encoded = self._sources[number].read("image", records[slots])
-            for slot, image in zip(slots.tolist(), encoded, strict=True):
+            held_by, slots = self._sources[number], span[source[span] == number].tolist()
+            # First all reads, then all decodes: in turns they cost a seventh more (code caches).
+            encoded = held_by.read("image", records[slots].tolist())
+            for slot, image in zip(slots, encoded, strict=True):
                 try:
                     boxes[slot, 2:] = decode_onto(images[slot], image)
                 except ValueError as error:
-                    raise self._sources[number].error(records[slot], str(error)) from None
+                    raise held_by.error(records[slot], str(error)) from None
 
     def _started_pool(self) -> futures.ThreadPoolExecutor:
         with self._lock:

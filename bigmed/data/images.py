@@ -109,6 +109,11 @@ def resize(pixels: np.ndarray, size: int, policy: str) -> np.ndarray:
     return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
+def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resizes a mask [H, W] to `shape` by nearest neighbour, so that no new values appear."""
+    return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
 def unify(pixels: np.ndarray, *, channels: int, bits: int) -> np.ndarray:
     """Brings an image to a data set's channels and bits.
 
@@ -127,6 +132,15 @@ def unify(pixels: np.ndarray, *, channels: int, bits: int) -> np.ndarray:
     if channels == 1 and pixels.ndim == 3:
         return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     return pixels
+
+
+def is_coloured(pixels: np.ndarray) -> bool:
+    """Whether an image has colours beyond the rounding of JPEG (2 of 255 levels)."""
+    if pixels.ndim == 2:
+        return False
+    tolerance = 2 if pixels.dtype == np.uint8 else 2 * 257
+    red, green, blue = cv2.split(pixels)
+    return bool(max(cv2.absdiff(red, green).max(), cv2.absdiff(green, blue).max()) > tolerance)
 
 
 def encode(pixels: np.ndarray, file_format: str) -> bytes:

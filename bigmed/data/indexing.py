@@ -19,7 +19,6 @@ from bigmed.data.records import Records
 from bigmed.errors import UserError
 
 _INDEXED = ("patient_id", "study_id", "labels")  # fields that an index holds
-_SCAN_BLOCK = 256  # records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,22 +135,19 @@ def _scan(records: Records, split: str, read_labels: LabelReader | None) -> sche
     """Index of a split from its records; progress is shown on a terminal."""
     names = [name for name in _INDEXED if name in records.keys]
     ids, studies, labels = [], [], []
-    starts = range(0, len(records), _SCAN_BLOCK)
     title = f"indexing {records.dataset}/{split}"
-    for start in tqdm.tqdm(starts, title, disable=not sys.stderr.isatty()):
-        numbers = range(start, min(start + _SCAN_BLOCK, len(records)))
-        rows = records.read_fields(names, numbers) if names else [[]] * len(numbers)
-        for record, values in zip(numbers, rows, strict=True):
-            row = dict(zip(names, values, strict=True))
-            # Without patient ids each image is a patient of its own.
-            ids.append(text_of(row["patient_id"]) if "patient_id" in row else f"{split}/{record}")
-            if "study_id" in row:
-                studies.append(text_of(row["study_id"]))
-            if read_labels:
-                try:
-                    labels.append(read_labels(row["labels"]))
-                except ValueError as error:
-                    raise records.error(record, str(error)) from None
+    for record in tqdm.trange(len(records), desc=title, disable=not sys.stderr.isatty()):
+        values = records.read_fields(names, [record])[0] if names else []
+        row = dict(zip(names, values, strict=True))
+        # Without patient ids each image is a patient of its own.
+        ids.append(text_of(row["patient_id"]) if "patient_id" in row else f"{split}/{record}")
+        if "study_id" in row:
+            studies.append(text_of(row["study_id"]))
+        if read_labels:
+            try:
+                labels.append(read_labels(row["labels"]))
+            except ValueError as error:
+                raise records.error(record, str(error)) from None
     table = np.array(labels, np.int8) if labels else np.empty((len(ids), 0), np.int8)
     return schema.Index.build(ids, table, studies or None)
 

@@ -116,7 +116,7 @@ def read_source(config: SourceConfig) -> Manifest:
 
 
 def _read_folder(source: pathlib.Path, config: SourceConfig) -> Manifest:
-    """Files in sorted order; [split/][class/]any/depth/name, classes and splits if there are any."""
+    """Rows of the sorted files of [split/][class/]any/depth/name."""
     for flag in ("image_root", *_COLUMN_FLAGS, "label_columns", "label_separator", "filter"):
         if getattr(config, flag):
             raise UserError(f"--{flag}: only for a CSV manifest; --source {source} is a folder")

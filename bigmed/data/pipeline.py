@@ -51,7 +51,8 @@ class Pipeline:
             `weight` is the share of the batch, by default in proportion to the units); `canvas`,
             height and width of the arrays; `channels` 1 or 3; `pairs`, None, or 'case' for two
             distinct images of a case; `single_image`, see `pairs.Units.cases`; `workers`,
-            processes, 0 for threads alone; `threads`, None for all cores; `prefetch`, batches.
+            processes, 0 for threads alone, which keep a handful of cores busy, as decoding needs
+            no interpreter lock; `threads`, None for all cores; `prefetch`, batches made ahead.
           seed: of the order of the data.
           batch_size: global, in units.
           process_index: this host; it makes the rows process_index * batch_size / process_count

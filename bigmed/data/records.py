@@ -1,11 +1,12 @@
 """Random access to the records of an ArrayRecord data set, from any thread or process."""
 
+import bisect
 import dataclasses
+import itertools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 from array_record.python import array_record_module
 from google.protobuf.message import DecodeError
 
@@ -40,8 +41,7 @@ class Records:
         self.dataset = dataset
         self.shards = tuple(shards)
         self.keys = dict(keys)
-        self._ends = np.cumsum([shard.take for shard in self.shards])
-        self._starts = self._ends - np.array([shard.take for shard in self.shards])
+        self._ends = list(itertools.accumulate(shard.take for shard in self.shards))
         self._readers: list = [None] * len(self.shards)
         self._lock = threading.Lock()
 
@@ -49,14 +49,17 @@ class Records:
         return Records, (self.dataset, self.shards, self.keys)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
-    def read(self, name: str, records: Sequence[int]) -> list:
+    def read(self, name: str, records: Iterable[int]) -> list:
         """One field of these records, in their order; see `read_fields`."""
         return [value for (value,) in self.read_fields((name,), records)]
 
-    def read_fields(self, names: Sequence[str], records: Sequence[int]) -> list[list]:
-        """Several fields of these records, in their order, with one read for each shard.
+    def read_fields(self, names: Sequence[str], records: Iterable[int]) -> list[list]:
+        """Several fields of these records, in their order.
+
+        Records are read one at a time: measured on ArrayRecord 0.8, a read of sixteen takes twice
+        the processor time of sixteen reads, and only one of hundreds is as cheap.
 
         Returns:
           For each record the values of `names`, of the types that `schema.decode_fields` gives.
@@ -64,42 +67,35 @@ class Records:
         Raises:
           UserError: a record cannot be read or lacks a field; it is named by number.
         """
-        numbers = np.asarray(records, np.int64)
         keys = [self.keys[name] for name in names]
-        shard_of = np.searchsorted(self._ends, numbers, side="right")
-        values: list = [None] * len(numbers)
-        for shard in np.unique(shard_of).tolist():
-            slots = np.flatnonzero(shard_of == shard)
-            parsed = self._read_shard(shard, numbers[slots], keys)
-            for slot, value in zip(slots.tolist(), parsed, strict=True):
-                values[slot] = value
-        return values
+        return [self._read_one(int(record), keys) for record in records]
 
     def error(self, record: int, reason: str) -> UserError:
         """The error to raise about a record: names the data set, split and record number."""
-        number = int(np.searchsorted(self._ends, record, side="right"))
+        number, position = self._locate(int(record))
         shard = self.shards[number]
-        inside = int(record) - int(self._starts[number]) + shard.skip + shard.first
         return UserError(
-            f"data set '{self.dataset}', split '{shard.split}', record {inside}: {reason}; "
-            "prepare the data set again"
+            f"data set '{self.dataset}', split '{shard.split}', record {shard.first + position}: "
+            f"{reason}; prepare the data set again"
         )
 
-    def _read_shard(self, number: int, numbers: np.ndarray, keys: Sequence[str]) -> list[list]:
-        """Values of `keys` of each of these records, all of which lie in one shard."""
-        positions = (numbers - self._starts[number] + self.shards[number].skip).tolist()
+    def _read_one(self, record: int, keys: Sequence[str]) -> list:
+        number, position = self._locate(record)
         try:
-            encoded = self._reader(number).read(positions)
-            values = [schema.decode_fields(record, keys) for record in encoded]
+            (encoded,) = self._reader(number).read([position])
+            values = schema.decode_fields(encoded, keys)
         except (*_READ_ERRORS, DecodeError) as error:
-            if len(positions) == 1:
-                raise self.error(numbers[0], f"cannot be read ({_first_line(error)})") from error
-            # One of them is bad: find out which.
-            values = [self._read_shard(number, numbers[[i]], keys)[0] for i in range(len(numbers))]
-        for record, value in zip(numbers, values, strict=True):
-            if any(one is None for one in value):
-                raise self.error(record, f"it lacks one of the features {', '.join(keys)}")
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise self.error(record, f"cannot be read ({reason})") from error
+        if any(value is None for value in values):
+            raise self.error(record, f"it lacks one of the features {', '.join(keys)}")
         return values
+
+    def _locate(self, record: int) -> tuple[int, int]:
+        """Number of the shard of a record, and its position in that file."""
+        number = bisect.bisect_right(self._ends, record)
+        shard = self.shards[number]
+        return number, record - self._ends[number] + shard.take + shard.skip
 
     def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
         """The reader of one shard, shared by the threads of this process."""
@@ -133,7 +129,3 @@ def open_shard(shard: Shard, dataset: str) -> array_record_module.ArrayRecordRea
             "missing or torn; prepare the data set again"
         )
     return reader
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

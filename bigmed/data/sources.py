@@ -211,10 +211,9 @@ def _prepare_from_catalogue(name: str, data_dir: str | None) -> pathlib.Path:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
-        guess = did_you_mean(name, tfds.list_builders()).split("valid:")[0]
-        raise UserError(
-            f"the TFDS catalogue has no '{name}'; {guess}see tfds.list_builders()"
-        ) from None
+        known = tfds.list_builders(with_community_datasets=False)
+        guess = did_you_mean(name, known).split("valid:")[0]
+        raise UserError(f"the TFDS catalogue has no '{name}'; {guess}see its web page") from None
     builder.download_and_prepare()
     return pathlib.Path(builder.data_path)
 

@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from bigmed.data import schema

@@ -9,7 +9,7 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -78,15 +78,17 @@ def extract(
         kept = _load(path, len(source))
         if _everywhere(kept is not None):
             return kept
+    batch_size = _round_up(batch_size, mesh)
     batches = evaluation_batches(
         source,
         canvas=canvas,
         channels=channels,
-        batch_size=_round_up(batch_size, mesh),
+        batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    features = _compute(predict_fn, state, source, mesh, batches)
+    num_batches = math.ceil(len(source) / batch_size)
+    features = _compute(predict_fn, state, source, mesh, batches, num_batches)
     if path is not None and jax.process_index() == 0:
         write_npz(path, x=features)
     return features
@@ -98,29 +100,35 @@ def _round_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
 
 
 def _compute(
-    predict_fn: PredictFn, state: Any, source: Any, mesh: jax.sharding.Mesh, batches: Any
+    predict_fn: PredictFn,
+    state: Any,
+    source: Any,
+    mesh: jax.sharding.Mesh,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    num_batches: int,
 ) -> np.ndarray:
     predict, rows = jax.jit(predict_fn), sharding.batch_sharding(mesh)
-    num_records, num_done, began = len(source), 0, time.monotonic()
-    features = None
-    seen = np.zeros(num_records, bool)
-    progress = None
+    features, seen = None, np.zeros(len(source), bool)
+    progress, num_done, began = None, 0, time.monotonic()
     if jax.process_index() == 0:
-        progress = metrics.Progress(f"features of {source.name}", num_records)
+        progress = metrics.Progress(f"features of {source.name}", num_batches)
 
     def store_oldest() -> None:
         nonlocal features, num_done
         x, record, mask = map(_on_host, in_flight.popleft())
         x, record = x[mask].astype(np.float32), record[mask]
-        if not np.isfinite(x).all():
-            bad = record[np.argmin(np.isfinite(x).all(axis=1))]
-            raise NonFiniteError(f"the features of record {bad} of '{source.name}' are not finite")
+        finite = np.isfinite(x).all(axis=1)
+        if not finite.all():
+            raise NonFiniteError(
+                f"the features of record {record[np.argmin(finite)]} of '{source.name}' are not "
+                "finite"
+            )
         if features is None:
-            features = np.empty((num_records, x.shape[1]), np.float32)
+            features = np.empty((len(source), x.shape[1]), np.float32)
         features[record], seen[record] = x, True
-        num_done += len(record)
-        if progress is not None and len(record):
-            speed = num_done / (time.monotonic() - began)
+        num_done += 1
+        if progress is not None:
+            speed = seen.sum() / (time.monotonic() - began)
             progress.update(num_done, f"{speed:.1f} images/s")
 
     in_flight: collections.deque = collections.deque()
@@ -134,7 +142,7 @@ def _compute(
     if progress is not None:
         progress.close()
     if features is None or not seen.all():
-        raise RuntimeError(f"'{source.name}' gave {seen.sum()} of its {num_records} records")
+        raise RuntimeError(f"'{source.name}' gave {seen.sum()} of its {len(source)} records")
     return features
 
 

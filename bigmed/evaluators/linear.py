@@ -22,7 +22,8 @@ log = logging.getLogger("bigmed")
 
 L2_GRID = tuple(float(value) for value in np.logspace(-5, 1, 13))
 MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
-TOLERANCE = 1e-5  # of the gradient, in the coordinates of `_solve`; see there
+MIN_CURVATURE = 1e-6  # of a class's p (1 - p), for the units of `_solve_grid`
+TOLERANCE = 1e-5  # of the gradient, in the units of `_solve_grid`
 NEVER = -1e9  # logit of a class without training images
 
 
@@ -134,15 +135,20 @@ def fit(
         offset[~(labels == 1).any(axis=0)] = NEVER
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    kernel, bias, size = _solve(
-        *(place(_pad(a, shards), rows) for a in (x, (labels == 1).astype(np.float32), weights)),
-        *(place(a, everywhere) for a in (offset, np.asarray(l2, np.float32))),
-        multinomial=task == "single_label",
-        max_iterations=max_iterations,
-    )
-    kernel = np.asarray(kernel, np.float64) * scale[:, None]
-    bias = np.asarray(bias, np.float64) + offset - mean @ kernel
-    return Solution(kernel, bias, np.asarray(size) <= TOLERANCE)
+    falling = np.argsort(np.negative(l2), kind="stable")  # see `_solve_grid`
+    split = (x, (labels == 1).astype(np.float32), weights)
+    shared = (offset, np.asarray(l2, np.float32)[falling])
+    with jax.default_matmul_precision("highest"):
+        solved = _solve_compiled(
+            *(place(_pad(array, shards), rows) for array in split),
+            *(place(array, everywhere) for array in shared),
+            task == "single_label",
+            max_iterations,
+        )
+    kernel, bias, size = (np.asarray(array)[np.argsort(falling)] for array in solved)
+    kernel = kernel.astype(np.float64) * scale[:, None]
+    bias = bias.astype(np.float64) + offset - mean @ kernel
+    return Solution(kernel, bias, size <= TOLERANCE)
 
 
 def _example_weights(labels: np.ndarray, task: str) -> np.ndarray:
@@ -158,20 +164,6 @@ def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(array, ((0, -len(array) % multiple), (0, 0)))
 
 
-def _solve(
-    x: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    offset: jax.Array,
-    l2: jax.Array,
-    *,
-    multinomial: bool,
-    max_iterations: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    with jax.default_matmul_precision("highest"):
-        return _solve_compiled(x, targets, weights, offset, l2, multinomial, max_iterations)
-
-
 def _solve_grid(
     x: jax.Array,
     targets: jax.Array,
@@ -181,41 +173,48 @@ def _solve_grid(
     multinomial: bool,
     max_iterations: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(kernel [G, D, L], bias [G, L], largest gradient element [G]).
+    """(kernel [G, D, L], bias [G, L], largest gradient element [G]); l2 falls.
 
-    The variables are W in the eigenbasis V of the features' covariance, each row in units of the
-    square root of an upper bound of the loss's curvature along it: var/4 + l2 for the sigmoid,
-    var/2 + l2 for the softmax (Boehning 1992). The Hessian is then at most 1 in every direction,
-    whatever the features' correlations and l2, and a few dozen iterations do; in the coordinates of
-    W, weak regularisation of correlated features needs thousands. The strengths are solved one
-    after the other, because side by side all would take as many iterations as the weakest.
+    The variables are W in the eigenbasis V of the features' covariance, each element in units of
+    the square root of about the loss's curvature along it: var * (mean p (1 - p) of the class) +
+    l2. The Hessian is then near the identity, whatever the features' correlations, and a few dozen
+    iterations do; in the coordinates of W, weak regularisation of correlated features needs
+    thousands. Each strength starts at the solution of the stronger one before it, which also gives
+    p: where the classes are separable, p (1 - p) falls by orders of magnitude along the way.
     """
-    curvature = 0.5 if multinomial else 0.25
     n = jnp.sum(jnp.any(weights > 0, axis=1))
     variances, basis = jnp.linalg.eigh(x.T @ x / n)  # DN.ND = DD
-    variances = jnp.maximum(variances, 0)
+    variances = jnp.maximum(variances, 1e-7 * variances.max())  # below, it is rounding
     rotated = x @ basis  # ND.DD = ND
-    unit_bias = curvature**-0.5
 
-    def solve(strength: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        floor = 1e-7 * variances.max()  # below it, an eigenvalue is rounding
-        unit = (curvature * jnp.maximum(variances, floor) + strength)[:, None] ** -0.5
+    def logits_of(kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return rotated @ kernel + (bias + offset)[None, :]  # ND.DL = NL
+
+    def solve(
+        stronger: tuple[jax.Array, jax.Array], strength: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+        logits = logits_of(*stronger)
+        p = jax.nn.softmax(logits) if multinomial else jax.nn.sigmoid(logits)
+        curvature = jnp.maximum(jnp.sum(weights * p * (1 - p), axis=0), MIN_CURVATURE)  # [L]
+        unit = (variances[:, None] * curvature[None, :] + strength) ** -0.5
+        unit_bias = curvature**-0.5
 
         def loss(variables: dict[str, jax.Array]) -> jax.Array:
-            kernel, bias = unit * variables["kernel"], unit_bias * variables["bias"]
-            logits = rotated @ kernel + (bias + offset)[None, :]  # ND.DL = NL
+            kernel = unit * variables["kernel"]
+            logits = logits_of(kernel, unit_bias * variables["bias"])
             if multinomial:
                 losses = -targets * jax.nn.log_softmax(logits)
             else:
                 losses = jax.nn.softplus(logits) - targets * logits
             return jnp.sum(weights * losses) + 0.5 * strength * jnp.sum(kernel**2)
 
-        shape = (x.shape[1], targets.shape[1])
-        start = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
+        start = {"kernel": stronger[0] / unit, "bias": stronger[1] / unit_bias}
         found, size = _lbfgs(loss, start, max_iterations)
-        return basis @ (unit * found["kernel"]), unit_bias * found["bias"], size  # DD.DL = DL
+        kernel, bias = unit * found["kernel"], unit_bias * found["bias"]
+        return (kernel, bias), (basis @ kernel, bias, size)  # DD.DL = DL
 
-    return jax.lax.map(solve, l2)
+    zero = jnp.zeros((x.shape[1], targets.shape[1])), jnp.zeros(targets.shape[1])
+    return jax.lax.scan(solve, zero, l2)[1]
 
 
 _solve_compiled = jax.jit(_solve_grid, static_argnums=(5, 6))

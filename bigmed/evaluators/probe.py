@@ -223,7 +223,8 @@ class Probe:
         if not self._refit:
             return settings[best], scores[best, num_val:]
         x_both, labels_both = (np.concatenate([v["train"], v["val"]]) for v in (x, labels))
-        return settings[best], self.scores(settings[best:][:1], x_both, labels_both, x["test"])[0]
+        upto = settings[: best + 1]  # a solver may go from each setting to the next
+        return settings[best], self.scores(upto, x_both, labels_both, x["test"])[-1]
 
     def _result_rows(
         self,

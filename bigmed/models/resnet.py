@@ -71,11 +71,10 @@ class SelectiveKernel(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block; `shortcut` marks the first of a stage, which projects its input."""
+    """A residual block, basic or bottleneck; its input is projected where the shape changes."""
 
     features: int
     strides: int
-    shortcut: bool
     bottleneck: bool
     sk_ratio: float
     resnet_d: bool
@@ -85,33 +84,50 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, I] -> [B, H/strides, W/strides, O], O = 4 x features for a bottleneck."""
         c, strides, dtype = self.features, self.strides, self.dtype
+
+        def conv_norm(x: jax.Array, k: int, c: int, size: int, strides: int = 1) -> jax.Array:
+            x = Conv(c, size, strides, dtype, name=f"conv{k}")(x)
+            last = k == (3 if self.bottleneck else 2)
+            return BatchNorm(zero_scale=last, dtype=dtype, name=f"norm{k}")(x, train=train)
+
         out = c * EXPANSION if self.bottleneck else c
         residual = x
-        if self.shortcut:
+        if strides > 1 or x.shape[-1] != out:
             if self.resnet_d:
                 residual, strides_left = avg_pool(x, strides), 1
             else:
                 strides_left = strides
-            residual = ConvNorm(out, 1, strides_left, relu=False, dtype=dtype, name="shortcut")(
-                residual, train
-            )
+            shortcut = ConvNorm(out, 1, strides_left, relu=False, dtype=dtype, name="shortcut")
+            residual = shortcut(residual, train)
         if self.bottleneck:
-            x = ConvNorm(c, 1, dtype=dtype, name="branch1")(x, train)
+            x = nn.relu(conv_norm(x, 1, c, 1))
             if self.sk_ratio:
-                x = SelectiveKernel(c, strides, self.sk_ratio, dtype, name="branch2")(x, train)
+                x = SelectiveKernel(c, strides, self.sk_ratio, dtype, name="sk")(x, train)
             else:
-                x = ConvNorm(c, 3, strides, dtype=dtype, name="branch2")(x, train)
+                x = nn.relu(conv_norm(x, 2, c, 3, strides))
+            x = conv_norm(x, 3, out, 1)
         else:
-            x = ConvNorm(c, 3, strides, dtype=dtype, name="branch1")(x, train)
-        last = ConvNorm(
-            out,
-            1 if self.bottleneck else 3,
-            relu=False,
-            zero_scale=True,
-            dtype=dtype,
-            name="branch3" if self.bottleneck else "branch2",
-        )
-        return nn.relu(last(x, train) + residual)
+            x = nn.relu(conv_norm(x, 1, c, 3, strides))
+            x = conv_norm(x, 2, c, 3)
+        return nn.relu(x + residual)
+
+
+class Stage(nn.Module):
+    """Blocks of one width; the first of them may halve the resolution."""
+
+    features: int
+    blocks: int
+    strides: int
+    remat: bool
+    block: dict[str, Any]  # what every block of the network shares
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for j in range(1, self.blocks + 1):
+            strides = self.strides if j == 1 else 1
+            x = block_class(self.features, strides, **self.block, name=f"block{j}")(x, train)
+        return x
 
 
 class Model(nn.Module):
@@ -179,28 +195,24 @@ class Model(nn.Module):
 
         Returns:
           The mean over positions [B, D] float32, and `feature_map` [B, H/32, W/32, D] in `dtype`
-          (H/8 with the small stem).
+          (H/8, W/8 with the small stem).
         """
         blocks, bottleneck = self._variant()
-        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        boundary = self.train_after_stage
-        x = self._stem(x, train and boundary < 0)
-        if boundary == 0:
+        block = {
+            "bottleneck": bottleneck,
+            "sk_ratio": self.sk_ratio,
+            "resnet_d": self.resnet_d,
+            "dtype": self.dtype,
+        }
+        frozen_to = self.train_after_stage
+        x = self._stem(x, train and frozen_to < 0)
+        if frozen_to == 0:
             x = jax.lax.stop_gradient(x)
         for i, n in enumerate(blocks, start=1):
-            for j in range(1, n + 1):
-                block = block_class(
-                    features=64 * self.width * 2 ** (i - 1),
-                    strides=2 if i > 1 and j == 1 else 1,
-                    shortcut=j == 1,
-                    bottleneck=bottleneck,
-                    sk_ratio=self.sk_ratio,
-                    resnet_d=self.resnet_d,
-                    dtype=self.dtype,
-                    name=f"stage{i}_block{j}",
-                )
-                x = block(x, train and boundary < i)
-            if boundary == i:
+            features, strides = 64 * self.width * 2 ** (i - 1), 1 if i == 1 else 2
+            stage = Stage(features, n, strides, self.remat, block, name=f"stage{i}")
+            x = stage(x, train and frozen_to < i)
+            if frozen_to == i:
                 x = jax.lax.stop_gradient(x)
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32), {"feature_map": x}
 

@@ -191,7 +191,8 @@ class Objective:
 
     def preprocessing(self) -> dict[str, Any]:
         """What `predict_fns` do to an image; part of the key of cached features."""
-        return {"size": self._augment.size, "eval_crop": self._augment.eval_crop}
+        settings = self._augment
+        return {name: getattr(settings, name) for name in ("size", "eval_crop", "antialias")}
 
     def _two_views(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
         views = [

@@ -1,0 +1,174 @@
+"""Result rows put together over seeds, and the table that a run ends with."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+NOTE_SYNTHETIC = "synthetic images made by a program: these numbers say nothing about patients"
+UNDEFINED = "undefined"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One metric of one stage over its seeds.
+
+    Attributes:
+      mean: of the seeds where the metric is defined; None if it never is.
+      low, high: means of the seeds' 95 % limits; None if any seed lacks them.
+      values: of the seeds where it is defined.
+      n_seeds, n_images, n_patients: counts; images and patients are those of one seed's test set.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    values: tuple[float, ...]
+    n_seeds: int
+    n_images: int
+    n_patients: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The results of one evaluator on one test set.
+
+    Attributes:
+      evaluator, task, train_set, test_set, fraction: what the rows have in common.
+      stages: in the order of the run.
+      cells: {metric: {stage: Cell}}.
+      rows: the rows themselves.
+    """
+
+    evaluator: str
+    task: str
+    train_set: str
+    test_set: str
+    fraction: float
+    stages: tuple[str, ...]
+    cells: Mapping[str, Mapping[str, Cell]]
+    rows: tuple[Mapping[str, Any], ...]
+
+    def main_metrics(self) -> list[str]:
+        """The metrics that are not of a single class."""
+        return [metric for metric in self.cells if "/" not in metric]
+
+    def title(self) -> str:
+        """'linear: a/train -> a/test, 10 % of the labels'."""
+        share = "" if self.fraction == 1 else f", {100 * self.fraction:g} % of the labels"
+        return f"{self.evaluator}: {self.train_set} -> {self.test_set}{share}"
+
+    def size(self) -> str:
+        """'150 images of 103 patients, 3 seeds'."""
+        cells = self.cells[next(iter(self.cells))].values()
+        n_images, n_patients = (
+            span(getattr(c, name) for c in cells) for name in ("n_images", "n_patients")
+        )
+        n_seeds = span(cell.n_seeds for cell in cells)
+        seeds = "" if n_seeds == "1" else f", {n_seeds} seeds"
+        unit = "patients" if self.resample_unit() == "patient" else "separate images"
+        return f"{n_images} images of {n_patients} {unit}{seeds}"
+
+    def resample_unit(self) -> str:
+        """'patient', or 'image' where the data set names no patients."""
+        return str(self.rows[0].get("resample_unit", "patient"))
+
+
+def span(values: Iterable[Any]) -> str:
+    """'3', or '2-5' of numbers that differ."""
+    values = sorted(set(values))
+    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
+
+
+def blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Result rows, grouped by evaluator and data, seeds put together; orders are the rows' own."""
+    common = ("evaluator", "task", "train_set", "test_set", "fraction")
+    grouped: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault(tuple(row[key] for key in common), []).append(row)
+    return [_block(key, group) for key, group in grouped.items()]
+
+
+def _block(key: tuple, rows: list[Mapping[str, Any]]) -> Block:
+    stages = tuple(dict.fromkeys(row["stage"] for row in rows))
+    cells: dict[str, dict[str, Cell]] = {}
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        cells[metric] = {}
+        for stage in stages:
+            found = [row for row in rows if row["metric"] == metric and row["stage"] == stage]
+            if found:
+                cells[metric][stage] = _cell(found)
+    return Block(*key, stages=stages, cells=cells, rows=tuple(rows))
+
+
+def _cell(rows: list[Mapping[str, Any]]) -> Cell:
+    values = tuple(row["value"] for row in rows if row["value"] is not None)
+    limits = [(row["ci_low"], row["ci_high"]) for row in rows if row["value"] is not None]
+    given = bool(limits) and all(low is not None and high is not None for low, high in limits)
+    return Cell(
+        mean=sum(values) / len(values) if values else None,
+        low=sum(low for low, _ in limits) / len(limits) if given else None,
+        high=sum(high for _, high in limits) / len(limits) if given else None,
+        values=values,
+        n_seeds=len({row["seed"] for row in rows}),
+        n_images=max(row["n_images"] for row in rows),
+        n_patients=max(row["n_patients"] for row in rows),
+    )
+
+
+def describe_cell(cell: Cell | None) -> tuple[str, str]:
+    """('0.812 [0.750, 0.870]', '0.801 to 0.823' of several seeds), as far as they are known."""
+    if cell is None:
+        return "-", ""
+    if cell.mean is None:
+        return UNDEFINED, ""
+    interval = "" if cell.low is None else f" [{cell.low:.3f}, {cell.high:.3f}]"
+    spread = ""
+    if cell.n_seeds > 1:
+        spread = f"{min(cell.values):.3f} to {max(cell.values):.3f}"
+        if len(cell.values) < cell.n_seeds:
+            spread += f", {len(cell.values)} of {cell.n_seeds} seeds"
+    return f"{cell.mean:.3f}{interval}", spread
+
+
+def is_synthetic(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any number comes from images that a program made."""
+    return any(row.get("synthetic") for row in rows)
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The main metrics as text: a block for each evaluator and test set, a column for each stage.
+
+    Args:
+      rows: of results.json.
+    """
+    if not rows:
+        return "no results: config.evaluate names no evaluator"
+    made = blocks(rows)
+    parts = [_format_block(block) for block in made]
+    units = {f"{block.resample_unit()}s" for block in made}
+    notes = [f"in brackets: 95 % interval, {' or '.join(sorted(units))} resampled"]
+    if any(
+        cell.n_seeds > 1
+        for b in made
+        for by_stage in b.cells.values()
+        for cell in by_stage.values()
+    ):
+        notes.append("several seeds: mean, mean limits, and below them the range of the seeds")
+    if is_synthetic(rows):
+        notes.append(NOTE_SYNTHETIC)
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def _format_block(block: Block) -> str:
+    lines = [["", *block.stages]]
+    for metric in block.main_metrics():
+        texts = [describe_cell(block.cells[metric].get(stage)) for stage in block.stages]
+        lines.append([metric, *(text for text, _ in texts)])
+        if any(spread for _, spread in texts):
+            lines.append(["", *(spread for _, spread in texts)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([f"{block.title()} ({block.size()})", *(f"  {line}" for line in table)])
