@@ -226,17 +226,20 @@ def _evaluator(
     if stage.total_steps and "test" in settings:
         for source in stage.pipeline.sources:
             sources.check_disjoint(source, sources.open_source(settings["test"]))
-    return evaluator_class(
-        predict_fns[representation],
-        stage.mesh,
-        canvas=stage.config.data.canvas,
-        channels=stage.config.data.channels,
-        preprocessing={"representation": representation, **stage.objective.preprocessing()},
-        cache_dir=workdir / "features",
-        predictions_dir=workdir / "predictions",
-        hash_key=hash_key,
-        **settings,
-    )
+    try:
+        return evaluator_class(
+            predict_fns[representation],
+            stage.mesh,
+            canvas=stage.config.data.canvas,
+            channels=stage.config.data.channels,
+            preprocessing={"representation": representation, **stage.objective.preprocessing()},
+            cache_dir=workdir / "features",
+            predictions_dir=workdir / "predictions",
+            hash_key=hash_key,
+            **settings,
+        )
+    except TypeError as error:  # a key that the evaluator does not have
+        raise UserError(f"config.evaluator.{name}: {error}") from error
 
 
 class _Record:

@@ -126,30 +126,27 @@ class Progress:
 
 
 class Stopwatch:
-    """Step time, data wait and time to go over the steps since the last reading.
+    """Step time, data wait and time to go over the steps since the last reading."""
 
-    The wall time of the first step after a start, which compiles, is left to `compile_seconds`.
-    """
+    def __init__(self, step: int) -> None:
+        self._since, self._step, self._waited = time.monotonic(), step, 0.0
 
-    def __init__(self) -> None:
-        self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+    def waited(self, seconds: float) -> None:
+        """Adds to the time that the host spent waiting for data."""
+        self._waited += seconds
 
-    def step(self, waited: float) -> None:
-        self._steps += 1
-        self._waited += waited
-
-    def read(self, batch_size: int, steps_left: int) -> dict[str, float]:
-        """Figures since the last call, and starts anew; times in seconds."""
+    def read(self, step: int, batch_size: int, total_steps: int) -> dict[str, float]:
+        """Figures since the last call, `step` being done; starts anew. Times are in seconds."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        steps = max(self._steps, 1)
+        steps = max(step - self._step, 1)
         figures = {
-            "images_per_second": batch_size * self._steps / elapsed,
+            "images_per_second": batch_size * steps / elapsed,
             "step_seconds": elapsed / steps,
             "data_wait_seconds": self._waited / steps,
             "data_wait_fraction": self._waited / elapsed,
-            "eta_seconds": steps_left * elapsed / steps,
+            "eta_seconds": (total_steps - step) * elapsed / steps,
         }
-        self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self.__init__(step)
         return figures
 
 

@@ -36,7 +36,7 @@ class Recorder:
         self._main = jax.process_index() == 0
         self._checkpointer = Checkpointer(directory / "checkpoints", keep=keep)
         self._alarmed = False
-        self._stopwatch = metrics.Stopwatch()
+        self._stopwatch = metrics.Stopwatch(start)
         if self._main:
             self._metrics = metrics.JsonlWriter(directory / "metrics.jsonl", resume_step=start)
             self._timing = metrics.JsonlWriter(directory / "timing.jsonl")
@@ -56,29 +56,28 @@ class Recorder:
     def describe(self, params: Any) -> None:
         """Writes the table of parameters, with shapes and shardings, to parameters.txt."""
         if self._main:
-            overview = parameter_overview.get_parameter_overview(params)
+            overview = parameter_overview.get_parameter_overview(params, include_stats="sharding")
             (self._directory / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
 
     def event(self, name: str, step: int, **values: Any) -> None:
         """A line of timing.jsonl that is not a reading; the clock starts anew after it."""
         if self._main:
             self._timing.write(step, {"event": name, **values})
-        self._stopwatch = metrics.Stopwatch()
+        self._stopwatch = metrics.Stopwatch(step)
 
     def say(self, line: str) -> None:
         if self._main:
             self._progress.say(line)
 
     def waited(self, seconds: float) -> None:
-        self._stopwatch.step(seconds)
+        self._stopwatch.waited(seconds)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """The metrics of one step, and the timing since the last one."""
         if not self._main:
             return
         self._metrics.write(step, values)
-        left = self._total_steps - step
-        timing = self._stopwatch.read(self._batch_size, left)
+        timing = self._stopwatch.read(step, self._batch_size, self._total_steps)
         memory = _peak_memory()
         self._timing.write(step, {**timing, **memory})
         self._tensorboard.write(step, {**values, **{f"timing/{k}": v for k, v in timing.items()}})

@@ -135,10 +135,31 @@ def set_data(config: ConfigDict, **sources: ConfigDict) -> None:
     config.data.source = ConfigDict(sources)
 
 
-def evaluators(folder: str, **overrides) -> dict[str, ConfigDict]:
-    """Linear probe and k-NN on the splits of one labelled data set."""
-    splits = {name: source(folder, name, **overrides) for name in ("train", "val", "test")}
-    return {"linear": ConfigDict(dict(splits)), "knn": ConfigDict(dict(splits))}
+def evaluator(folder: str, name: str, **overrides) -> ConfigDict:
+    """Linear probe ('linear') or k-NN ('knn') on the splits of one labelled data set."""
+    settings = {
+        "name": name,
+        **{split: source(folder, split) for split in ("train", "val", "test")},
+        "representation": "encoder",  # or 'head_1', ...: after so many layers of the head
+        "classes": (),  # the label columns to use; () for all
+        "fraction": 1.0,  # of the training patients whose labels may be used
+        "uncertain": "ignore",  # what label -1 counts as: 'ignore', 'zeros', 'ones'
+        "select_by": "auc_macro",  # on the validation split
+        "refit": False,  # on train and validation together, once chosen
+        "num_resamples": 1000,  # of patients, for the 95 % intervals
+        "batch_size": 256,
+        "seed": 0,
+        **overrides,
+    }
+    return ConfigDict(settings)
+
+
+def set_evaluators(config: ConfigDict, folder: str, **overrides) -> None:
+    """Evaluates every stage by linear probe and k-NN on one labelled data set."""
+    config.evaluate = ("linear", "knn")
+    config.evaluator = ConfigDict(
+        {name: evaluator(folder, name, **overrides) for name in config.evaluate}
+    )
 
 
 def use_phantom(config: ConfigDict, num_patients: int, size: int) -> None:
@@ -148,15 +169,14 @@ def use_phantom(config: ConfigDict, num_patients: int, size: int) -> None:
     config.data.canvas = size
     config.data.channels = 1
     set_data(config, phantom=source(folder, "train"))
-    config.evaluate = ("linear", "knn")
-    config.evaluator = ConfigDict(evaluators(folder))
+    set_evaluators(config, folder)
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same stages on the synthetic data set, small enough for two CPU cores."""
     use_phantom(config, num_patients=60, size=48)
     config.seeds = (0,)
-    config.model = resnet(18, stem="small")
+    config.model = resnet(18)
     config.augment.size = 32
     config.data.batch_size = 16
     config.checkpoint.every = 4

@@ -21,6 +21,5 @@ def get_config(arg: str = ""):
     # The head is left fresh: features come from the encoder, whatever head it was trained with.
     encoder = ("params/backbone/.*", "batch_stats/backbone/.*")
     config.stage.given = common.stage(steps=0, init_from=common.init_from(load=encoder))
-    config.evaluate = ("linear", "knn")
-    config.evaluator = common.evaluators("{data_root}/dataset")
+    common.set_evaluators(config, "{data_root}/dataset")
     return common.smoke(config) if arg == "smoke" else config

@@ -35,6 +35,5 @@ def get_config(arg: str = ""):
         **more,
     )
     config.stage.simclr_longer = common.stage(steps=100_000, data={"batch_size": 128}, **more)
-    config.evaluate = ("linear", "knn")
-    config.evaluator = common.evaluators("{data_root}/dataset")
+    common.set_evaluators(config, "{data_root}/dataset")
     return common.smoke(config) if arg == "smoke" else config

@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps."""
     config = common.base()
     common.use_phantom(config, num_patients=800, size=64)
-    config.model = common.resnet(18, stem="small")
+    config.model = common.resnet(18)
     config.augment = common.augmentation("cxr", 48)
     config.data.batch_size = 64
     config.objective.temperature = 0.2  # U

@@ -20,6 +20,5 @@ def get_config(arg: str = ""):
     config.stages = ("untrained", "simclr")
     config.stage.untrained = common.stage(steps=0)
     config.stage.simclr = common.stage(epochs=100.0)
-    config.evaluate = ("linear", "knn")
-    config.evaluator = common.evaluators("{data_root}/dataset")
+    common.set_evaluators(config, "{data_root}/dataset")
     return common.smoke(config) if arg == "smoke" else config

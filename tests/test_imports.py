@@ -17,7 +17,15 @@ LAYERS = (
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Down within one layer.
-INSIDE = {"curriculum": ("train",), "train": (), "step": ("state",), "recorder": ("state",)}
+INSIDE = {
+    "curriculum": ("train",),
+    "step": ("state",),
+    "recorder": ("state",),
+    "tree": ("errors",),
+    "resolve": ("errors",),
+    "precision": ("errors",),
+    "image_ops": ("errors",),
+}
 FILES = sorted(p for p in (REPO / "bigmed").rglob("*.py") if p.name != "__init__.py")
 
 

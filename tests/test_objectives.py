@@ -18,7 +18,7 @@ BATCH = 16
 
 def stage_config(**overrides):
     config = common.base()
-    config.model = common.resnet(18, stem="small")
+    config.model = common.resnet(18)
     config.augment = common.augmentation("natural", 16)
     config.data.channels = 3
     config.objective.update(overrides)

@@ -130,7 +130,8 @@ def _read_folder(source: pathlib.Path, config: SourceConfig) -> Manifest:
     labelled = config.folder_labels and len(folders) > 1
     if labelled:
         class_names, label = _single_label(folders, config.classes, "sub-folder")
-        notes.append(f"{len(class_names)} sub-folders taken as classes: {', '.join(class_names)}")
+        # Their names are not said: they may be patients' after all.
+        notes.append(f"{len(class_names)} sub-folders taken as classes (see --no_folder_labels)")
     elif config.classes:
         raise UserError(f"--classes: --source {source} has no class sub-folders")
     else:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,20 +22,30 @@ import numpy as np
 from bigmed.data import images, schema, writer
 
 NAME = "synthetic_phantom"
-FINDINGS = ("nodule", "consolidation", "effusion", "cardiomegaly")
+FINDINGS = ("nodules", "consolidation", "effusion", "cardiomegaly")
 VERSION = 1  # to be raised when the same arguments give other pixels
 MAX_IMAGES = 4  # of a patient
 
 # Difficulty. Larger contrasts make findings easier; larger jitters make everything harder.
 PREVALENCE = 0.3  # of each finding, drawn independently
-NODULE_RADIUS, NODULE_CONTRAST = (0.055, 0.10), (0.30, 0.50)
-CONSOLIDATION_RADIUS, CONSOLIDATION_CONTRAST = (0.16, 0.28), (0.22, 0.40)
+NODULES, NODULE_RADIUS, NODULE_CONTRAST = (3, 8), (0.05, 0.085), (0.30, 0.50)
+CONSOLIDATION_RADIUS, CONSOLIDATION_CONTRAST = (0.22, 0.36), (0.30, 0.50)
 EFFUSION_HEIGHT, EFFUSION_CONTRAST = (0.22, 0.50), (0.30, 0.50)
 HEART_NORMAL, HEART_LARGE = (0.24, 0.31), (0.37, 0.46)  # half-width
-ROTATION, SHIFT, SCALE = 9.0, 0.09, (0.88, 1.12)  # degrees; of the pose in each image
-GAIN, GAMMA, OFFSET, TILT = (0.65, 1.35), (0.65, 1.55), 0.12, 0.22  # of the exposure
-NOISE = (0.015, 0.055)
-DEVICES = {"letter": 0.7, "tube": 0.35, "box": 0.2, "electrodes": 0.4, "collimator": 0.35}
+ROTATION, SHIFT, SCALE = 9.0, 0.10, (0.85, 1.20)  # degrees; of the pose in each image
+GAIN, GAMMA, OFFSET, TILT = (0.75, 1.30), (0.75, 1.35), 0.08, 0.18  # of the exposure
+NOISE = (0.020, 0.035)
+DEVICES = {"letter": 0.5, "tube": 0.3, "box": 0.15, "electrodes": 0.3, "collimator": 0.25}
+
+
+class Spot(NamedTuple):
+    """Where a finding lies and how it looks; share and strength are in [0, 1]."""
+
+    side: float  # -1: the patient's right, which is the film's left
+    x: float
+    y: float
+    share: float
+    strength: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +55,13 @@ class Patient:
     Attributes:
       labels: int8 [4], PRESENT or ABSENT for each of FINDINGS.
       anatomy: lengths and densities by name.
-      places: (side, x, y, radius, contrast, ...) of each finding that is present.
+      places: of each finding that is present.
       texture: float32 [32, 32], the lungs' own pattern.
     """
 
     labels: np.ndarray
     anatomy: Mapping[str, float]
-    places: Mapping[str, tuple[float, ...]]
+    places: Mapping[str, list[Spot]]
     texture: np.ndarray
     num_images: int
     report: str
@@ -75,29 +86,38 @@ def make_patient(seed: int, patient: int) -> Patient:
         "heart_y": rng.uniform(0.22, 0.32),
         "heart_rx": rng.uniform(*(HEART_LARGE if present[3] else HEART_NORMAL)),
         "heart_ry": rng.uniform(0.22, 0.28),
-        "rib_pitch": rng.uniform(0.15, 0.20),
+        "rib_pitch": rng.uniform(0.165, 0.185),
         "rib_phase": rng.uniform(0, 1),
         "rib_slope": rng.uniform(0.25, 0.5),
-        "rib_density": rng.uniform(0.08, 0.16),
-        "spine": rng.uniform(0.15, 0.30),
+        "rib_density": rng.uniform(0.09, 0.12),
+        "spine": rng.uniform(0.18, 0.26),
         "clavicle": rng.uniform(-0.62, -0.52),
         "soft_tissue": rng.uniform(0.0, 0.18),
-        "lung_density": rng.uniform(0.42, 0.56),
+        "lung_density": rng.uniform(0.45, 0.52),
     }
     places, words = {}, []
     for k, finding in enumerate(FINDINGS):
-        side = float(rng.choice((-1, 1)))
-        angle, distance = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(0, 1)) * 0.62
-        x = side * anatomy["lung_x"] + distance * np.cos(angle) * anatomy["lung_rx"]
-        y = anatomy["lung_y"] + distance * np.sin(angle) * anatomy["lung_ry"] * 0.8
-        share, strength = rng.random(2)
+        count = int(rng.integers(*NODULES)) if finding == "nodules" else 1
+        spots = [_spot(rng, anatomy) for _ in range(count)]
         if present[k]:
-            places[finding] = (side, x, y, share, strength)
-            words.append(_sentence(finding, side, y, strength))
+            places[finding] = spots
+            words.append(_sentence(finding, spots[0]))
     texture = cv2.GaussianBlur(rng.standard_normal((32, 32)).astype(np.float32), (0, 0), 1.0)
     report = "Synthetic phantom. " + (" ".join(words) or "No finding.")
     num_images = int(rng.integers(1, MAX_IMAGES + 1))
     return Patient(labels, anatomy, places, texture, num_images, report)
+
+
+def _spot(rng: np.random.Generator, anatomy: Mapping[str, float]) -> Spot:
+    """A place in one of the lungs."""
+    side = float(rng.choice((-1, 1)))
+    angle, distance = rng.uniform(0, 2 * np.pi), 0.65 * np.sqrt(rng.uniform(0, 1))
+    return Spot(
+        side,
+        side * anatomy["lung_x"] + distance * np.cos(angle) * anatomy["lung_rx"],
+        anatomy["lung_y"] + distance * np.sin(angle) * anatomy["lung_ry"] * 0.8,
+        *rng.random(2),
+    )
 
 
 def render(seed: int, patient: int, image: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -201,14 +221,14 @@ def _records(seed: int, patient: int, patient_id: str, person: Patient, size: in
         )
 
 
-def _sentence(finding: str, side: float, y: float, strength: float) -> str:
-    """A line of the report; films are seen from the front, so the film's left is the right lung."""
-    where = "right" if side < 0 else "left"
-    zone = "upper" if y < -0.3 else "middle" if y < 0.05 else "lower"
+def _sentence(finding: str, spot: Spot) -> str:
+    """A line of the report."""
+    where = "right" if spot.side < 0 else "left"
+    zone = "upper" if spot.y < -0.3 else "middle" if spot.y < 0.05 else "lower"
     return {
-        "nodule": f"Nodule in the {where} {zone} zone.",
+        "nodules": "Several lung nodules.",
         "consolidation": f"Consolidation in the {where} {zone} zone.",
-        "effusion": f"{'Large' if strength > 0.5 else 'Small'} {where} pleural effusion.",
+        "effusion": f"{'Large' if spot.strength > 0.5 else 'Small'} {where} pleural effusion.",
         "cardiomegaly": "Enlarged heart.",
     }[finding]
 
@@ -282,7 +302,7 @@ def _body(person: Patient, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, di
     density = trunk * (
         0.62
         - a["lung_density"] * aerated * (1 - 0.92 * heart)
-        + 0.05 * pattern * aerated
+        + 0.03 * pattern * aerated
         + a["rib_density"] * ribs
         + a["spine"] * spine
         + 0.13 * clavicles
@@ -298,25 +318,22 @@ def _findings(person: Patient, x: np.ndarray, y: np.ndarray, lungs: dict) -> np.
     added = np.zeros_like(x)
     lung_of = {-1.0: lungs["right"], 1.0: lungs["left"]}
     x = x / a["width"]
-    if "nodule" in person.places:
-        _, cx, cy, share, strength = person.places["nodule"]
-        radius = _between(NODULE_RADIUS, share)
-        blob = _inside(_ellipse(x - cx, y - cy, radius, radius), 0.25)
-        added += _between(NODULE_CONTRAST, strength) * blob
-    if "consolidation" in person.places:
-        side, cx, cy, share, strength = person.places["consolidation"]
-        radius = _between(CONSOLIDATION_RADIUS, share)
-        pattern = _sample(person.texture, 1.7 * x + 0.3, 1.7 * y)
-        patch = _inside(_ellipse(x - cx, y - cy, radius, 1.2 * radius) + 0.45 * pattern, 0.18)
-        patch *= (0.75 + 0.5 * pattern) * lung_of[side]
-        added += _between(CONSOLIDATION_CONTRAST, strength) * patch
-    if "effusion" in person.places:
-        side, _, _, share, strength = person.places["effusion"]
-        base = a["base_left" if side > 0 else "base_right"]
-        outward = side * x - a["lung_x"]  # the fluid climbs along the chest wall
-        level = base - _between(EFFUSION_HEIGHT, strength) - 0.9 * np.maximum(outward, -0.1)
-        fluid = _inside(level - y, 0.035) * lung_of[side]
-        added += _between(EFFUSION_CONTRAST, share) * fluid
+    for spot in person.places.get("nodules", ()):
+        radius = _between(NODULE_RADIUS, spot.share)
+        blob = _inside(_ellipse(x - spot.x, y - spot.y, radius, radius), 0.25)
+        added = np.maximum(added, _between(NODULE_CONTRAST, spot.strength) * blob)
+    for spot in person.places.get("consolidation", ()):
+        radius = _between(CONSOLIDATION_RADIUS, spot.share)
+        outline, cloud = (_sample(person.texture, k * x + 0.3, k * y) for k in (1.7, 4.0))
+        patch = _inside(_ellipse(x - spot.x, y - spot.y, radius, 1.5 * radius) + 0.4 * outline, 0.2)
+        patch *= np.clip(0.7 + 0.6 * cloud, 0, 1.3) * lung_of[spot.side]
+        added += _between(CONSOLIDATION_CONTRAST, spot.strength) * patch
+    for spot in person.places.get("effusion", ()):
+        base = a["base_left" if spot.side > 0 else "base_right"]
+        outward = spot.side * x - a["lung_x"]  # the fluid climbs along the chest wall
+        level = base - _between(EFFUSION_HEIGHT, spot.strength) - 0.9 * np.maximum(outward, -0.1)
+        fluid = _inside(level - y, 0.035) * lung_of[spot.side]
+        added += _between(EFFUSION_CONTRAST, spot.share) * fluid
     return added
 
 

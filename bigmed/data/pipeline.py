@@ -81,8 +81,8 @@ class Pipeline:
             self.task = tasks.pop()
         self._bits = max(source.bits for source in self.sources)
         self.fingerprint = digest(
-            [source.fingerprint for source in self.sources],
-            [len(u) for u in units],
+            [(source.fingerprint, source.id_space) for source in self.sources],
+            [(own.starts, own.members) for own in units],
             proportions,
             [seed, batch_size, pairs, config["canvas"], config["channels"]],
         )

@@ -23,7 +23,9 @@ log = logging.getLogger("bigmed")
 L2_GRID = tuple(float(value) for value in np.logspace(-5, 1, 13))
 MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
 MIN_CURVATURE = 1e-6  # of a class's p (1 - p), for the units of `_solve_grid`
-TOLERANCE = 1e-5  # of the gradient, in the units of `_solve_grid`
+LINE_STEPS = 20  # points that a line search tries
+# Largest element of the gradient, in the units of `_solve_grid`: aimed at, and accepted.
+TARGET, ACCEPTED = 1e-5, 1e-4
 NEVER = -1e9  # logit of a class without training images
 
 
@@ -148,7 +150,7 @@ def fit(
     kernel, bias, size = (np.asarray(array)[np.argsort(falling)] for array in solved)
     kernel = kernel.astype(np.float64) * scale[:, None]
     bias = bias.astype(np.float64) + offset - mean @ kernel
-    return Solution(kernel, bias, size <= TOLERANCE)
+    return Solution(kernel, bias, size <= ACCEPTED)
 
 
 def _example_weights(labels: np.ndarray, task: str) -> np.ndarray:
@@ -214,7 +216,8 @@ def _solve_grid(
         return (kernel, bias), (basis @ kernel, bias, size)  # DD.DL = DL
 
     zero = jnp.zeros((x.shape[1], targets.shape[1])), jnp.zeros(targets.shape[1])
-    return jax.lax.scan(solve, zero, l2)[1]
+    _, solutions = jax.lax.scan(solve, zero, l2)
+    return solutions
 
 
 _solve_compiled = jax.jit(_solve_grid, static_argnums=(5, 6))
@@ -223,8 +226,13 @@ _solve_compiled = jax.jit(_solve_grid, static_argnums=(5, 6))
 def _lbfgs(
     loss: Callable[[Any], jax.Array], start: Any, max_iterations: int
 ) -> tuple[Any, jax.Array]:
-    """The minimum, and the largest element of the gradient there."""
-    optimiser = optax.lbfgs(memory_size=MEMORY)
+    """The minimum, and the largest element of the gradient there.
+
+    Stops early where the line search finds no step, because the loss differs by less than its
+    rounding.
+    """
+    line_search = optax.scale_by_zoom_linesearch(LINE_STEPS, initial_guess_strategy="one")
+    optimiser = optax.lbfgs(memory_size=MEMORY, linesearch=line_search)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     def size(gradient: Any) -> jax.Array:
@@ -232,8 +240,8 @@ def _lbfgs(
 
     def unfinished(carry: Any) -> jax.Array:
         _, state, gradient_size = carry
-        count = optax.tree.get(state, "count")
-        return (count < max_iterations) & (gradient_size > TOLERANCE)
+        count, tried = (optax.tree.get(state, k) for k in ("count", "num_linesearch_steps"))
+        return (count < max_iterations) & (gradient_size > TARGET) & (tried < LINE_STEPS)
 
     def iterate(carry: Any) -> Any:
         variables, state, _ = carry
