@@ -59,11 +59,13 @@ def source(folder: str, split: str, **overrides) -> ConfigDict:
     return ConfigDict({"dir": folder, "split": split, **overrides})
 
 
-def lars(lr: float, lr_scaling: str, weight_decay: float, warmup_steps: int) -> ConfigDict:
-    """LARS as in SimCLR: warm-up, cosine, no decay or adaptation of biases and normalisation."""
+def optimizer(
+    name: str, lr: float, *, lr_scaling: str, weight_decay: float, warmup_steps: int
+) -> ConfigDict:
+    """An optimiser of `bigmed.optim` with warm-up, then a cosine to 0."""
     return ConfigDict(
         {
-            "name": "lars",
+            "name": name,
             "lr": lr,
             "lr_scaling": lr_scaling,
             "warmup_steps": warmup_steps,
@@ -76,6 +78,20 @@ def lars(lr: float, lr_scaling: str, weight_decay: float, warmup_steps: int) -> 
             "rules": (),
             "freeze": (),
         }
+    )
+
+
+def lars(lr: float, *, warmup_steps: int) -> ConfigDict:
+    """LARS as SimCLR v1 has it (arXiv 2002.05709, 2.3 and B.1): lr*B/256, weight decay 1e-6."""
+    return optimizer(
+        "lars", lr, lr_scaling="linear", weight_decay=1e-6, warmup_steps=warmup_steps
+    )
+
+
+def adamw(lr: float, *, warmup_steps: int) -> ConfigDict:
+    """AdamW for runs of a few hundred steps, in which LARS's small relative steps get nowhere."""
+    return optimizer(
+        "adamw", lr, lr_scaling="none", weight_decay=1e-4, warmup_steps=warmup_steps
     )
 
 
@@ -121,7 +137,7 @@ def base() -> ConfigDict:
     config.model = resnet(50)
     config.augment = augmentation("cxr", 224)
     config.objective = simclr_objective()
-    config.optim = lars(lr=0.3, lr_scaling="linear", weight_decay=1e-6, warmup_steps=0)
+    config.optim = lars(lr=0.3, warmup_steps=0)
     config.stages = ()
     config.stage = ConfigDict()
     config.evaluate = ()

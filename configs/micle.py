@@ -19,11 +19,11 @@ def get_config(arg: str = ""):
     config.data.channels = 3
     config.augment = common.augmentation("derm", 224)
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))
-    config.optim = common.lars(lr=0.3, lr_scaling="linear", weight_decay=1e-6, warmup_steps=1000)
+    config.optim = common.lars(lr=0.3, warmup_steps=1000)
     more = {
         "init_from": common.init_from(stage="simclr"),
         # U: batch 128, base rate 0.1, 100,000 steps
-        "optim": common.lars(lr=0.1, lr_scaling="linear", weight_decay=1e-6, warmup_steps=1000),
+        "optim": common.lars(lr=0.1, warmup_steps=1000),
     }
     config.stages = ("untrained", "simclr", "micle", "simclr_longer")
     config.stage.untrained = common.stage(steps=0)

@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     config.augment = common.augmentation("cxr", 48)
     config.data.batch_size = 64
     config.objective.temperature = 0.2  # U
-    config.optim = common.lars(lr=0.3, lr_scaling="linear", weight_decay=1e-6, warmup_steps=10)
+    config.optim = common.lars(lr=0.3, warmup_steps=10)
     config.checkpoint.every = 50
     config.stages = ("untrained", "simclr", "micle")
     config.stage.untrained = common.stage(steps=0)

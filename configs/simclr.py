@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     config = common.base()
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))
     # SimCLR v1 (arXiv 2002.05709, 2.3, B.1): LARS, 0.3*B/256, weight decay 1e-6, tau 0.1.
-    config.optim = common.lars(lr=0.3, lr_scaling="linear", weight_decay=1e-6, warmup_steps=100)
+    config.optim = common.lars(lr=0.3, warmup_steps=100)
     config.stages = ("untrained", "simclr")
     config.stage.untrained = common.stage(steps=0)
     config.stage.simclr = common.stage(epochs=100.0)

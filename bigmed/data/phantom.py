@@ -28,7 +28,7 @@ MAX_IMAGES = 4  # of a patient
 
 # Difficulty. Larger contrasts make findings easier; larger jitters make everything harder.
 PREVALENCE = 0.3  # of each finding, drawn independently
-NODULES, NODULE_RADIUS, NODULE_CONTRAST = (3, 8), (0.05, 0.085), (0.30, 0.50)
+NODULES, NODULE_RADIUS, NODULE_CONTRAST = (4, 9), (0.05, 0.09), (0.35, 0.55)
 CONSOLIDATION_RADIUS, CONSOLIDATION_CONTRAST = (0.22, 0.36), (0.30, 0.50)
 EFFUSION_HEIGHT, EFFUSION_CONTRAST = (0.22, 0.50), (0.30, 0.50)
 HEART_NORMAL, HEART_LARGE = (0.24, 0.31), (0.37, 0.46)  # half-width
@@ -74,25 +74,25 @@ def make_patient(seed: int, patient: int) -> Patient:
     labels = np.where(present, schema.PRESENT, schema.ABSENT).astype(np.int8)
     # Every number is drawn whatever the labels are, so that anatomy does not depend on them.
     anatomy = {
-        "width": rng.uniform(0.88, 1.1),
+        "width": rng.uniform(0.82, 1.14),
         "lung_x": rng.uniform(0.39, 0.45),
-        "lung_rx": rng.uniform(0.28, 0.34),
-        "lung_ry": rng.uniform(0.58, 0.70),
+        "lung_rx": rng.uniform(0.25, 0.35),
+        "lung_ry": rng.uniform(0.54, 0.74),
         "lung_y": rng.uniform(-0.14, -0.04),
-        "base_left": rng.uniform(0.36, 0.56),
-        "base_right": rng.uniform(0.36, 0.56),
+        "base_left": rng.uniform(0.26, 0.58),
+        "base_right": rng.uniform(0.26, 0.58),
         "dome": rng.uniform(0.08, 0.20),
         "heart_x": rng.uniform(0.06, 0.16),
-        "heart_y": rng.uniform(0.22, 0.32),
+        "heart_y": rng.uniform(0.16, 0.34),
         "heart_rx": rng.uniform(*(HEART_LARGE if present[3] else HEART_NORMAL)),
-        "heart_ry": rng.uniform(0.22, 0.28),
+        "heart_ry": rng.uniform(0.20, 0.30),
         "rib_pitch": rng.uniform(0.165, 0.185),
         "rib_phase": rng.uniform(0, 1),
         "rib_slope": rng.uniform(0.25, 0.5),
         "rib_density": rng.uniform(0.09, 0.12),
         "spine": rng.uniform(0.18, 0.26),
         "clavicle": rng.uniform(-0.62, -0.52),
-        "soft_tissue": rng.uniform(0.0, 0.18),
+        "soft_tissue": rng.uniform(0.0, 0.30),
         "lung_density": rng.uniform(0.45, 0.52),
     }
     places, words = {}, []
@@ -326,7 +326,7 @@ def _findings(person: Patient, x: np.ndarray, y: np.ndarray, lungs: dict) -> np.
         radius = _between(CONSOLIDATION_RADIUS, spot.share)
         outline, cloud = (_sample(person.texture, k * x + 0.3, k * y) for k in (1.7, 4.0))
         patch = _inside(_ellipse(x - spot.x, y - spot.y, radius, 1.5 * radius) + 0.4 * outline, 0.2)
-        patch *= np.clip(0.7 + 0.6 * cloud, 0, 1.3) * lung_of[spot.side]
+        patch *= np.clip(0.35 + 0.8 * cloud, -0.3, 1.3) * lung_of[spot.side]
         added += _between(CONSOLIDATION_CONTRAST, spot.strength) * patch
     for spot in person.places.get("effusion", ()):
         base = a["base_left" if spot.side > 0 else "base_right"]

@@ -1,5 +1,6 @@
 """Convolution, batch normalisation and pooling, as every convolutional backbone here uses them."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -7,20 +8,40 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bigmed.models import conv_cpu
+
 # Variance scaling with scale 1, fan-in (SimCLR's released code; not He's scale of 2).
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv2d(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
-    """Convolution with (k-1)//2 zeros on every side, whatever the stride (as PyTorch pads)."""
-    pad = (kernel.shape[0] - 1) // 2
-    return lax.conv_general_dilated(
+    """Convolution with (k-1)//2 zeros on every side, whatever the stride (as PyTorch pads).
+
+    On a CPU the products of `conv_cpu` stand in for XLA's slower ones; elsewhere it is XLA's.
+    """
+    return lax.platform_dependent(
         x,
         kernel,
-        (strides, strides),
-        ((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        cpu=partial(conv_cpu.forward, strides=strides),
+        default=partial(conv_cpu.conv, strides=strides),
     )
+
+
+def _conv2d_forward(x: jax.Array, kernel: jax.Array, strides: int) -> tuple[jax.Array, tuple]:
+    return conv2d(x, kernel, strides), (x, kernel)
+
+
+def _conv2d_backward(strides: int, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return lax.platform_dependent(
+        *saved,
+        g,
+        cpu=partial(conv_cpu.grads, strides=strides),
+        default=partial(conv_cpu.conv_grads, strides=strides),
+    )
+
+
+conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

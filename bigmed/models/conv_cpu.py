@@ -1,0 +1,137 @@
+"""Convolutions and their gradients on a CPU, as matrix products where these are faster.
+
+XLA's CPU backend multiplies matrices and convolves forwards about as fast as oneDNN does, but takes
+3 to 30 times as long for the gradient with respect to a kernel. So, by measurement
+(`tools/bench_train.py --layers`):
+
+  1x1            forwards and both gradients are one matrix product each
+  larger         forwards and the gradient by the input: XLA's convolution, or a product of patches
+                 and kernel where the output is smaller than the kernel (XLA then takes 10 to 100
+                 times as long)
+                 the gradient by the kernel: one matrix product for each position of the kernel, or
+                 for each of its rows where the input has few channels
+
+`optimization_barrier` keeps XLA from fusing padding, slicing and transposing into the operands of a
+product, where they would run element by element and once for every use.
+
+Letters: B images, H and W height and width (h and w after striding), I and O channels in and out,
+k the kernel's size.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+materialise = lax.optimization_barrier
+FEW_CHANNELS = 16
+
+
+def conv(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """XLA's convolution with (k-1)//2 zeros on every side: BHWI,kkIO->BhwO."""
+    pad = (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def conv_grads(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, strides: int
+) -> tuple[jax.Array, jax.Array]:
+    """XLA's gradients of `conv` by x and kernel, given the one by its output."""
+    return jax.vjp(lambda x, kernel: conv(x, kernel, strides), x, kernel)[1](g)
+
+
+def forward(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """`conv`, faster on a CPU."""
+    if kernel.shape[0] > 1:
+        return _by_patches(x, kernel, strides)
+    return lax.dot_general(_strided(x, strides), kernel[0, 0], (((3,), (0,)), ((), ())))
+
+
+def grads(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, strides: int
+) -> tuple[jax.Array, jax.Array]:
+    """`conv_grads`, faster on a CPU."""
+    if kernel.shape[0] > 1:
+        by_x = jax.linear_transpose(lambda x: _by_patches(x, kernel, strides), x)(g)[0]
+        by_kernel = _by_position if x.shape[-1] >= FEW_CHANNELS else _by_row
+        return by_x, by_kernel(x, g, kernel.shape[0], strides)
+    by_x = lax.dot_general(g, kernel[0, 0], (((3,), (1,)), ((), ())))  # BhwO,IO->BhwI
+    if strides > 1:
+        by_x = jax.linear_transpose(lambda x: _strided(x, strides), x)(by_x)[0]
+    return by_x, _outer(_rows(_strided(x, strides)), _rows(g))[None, None]
+
+
+def _by_patches(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """`conv`; a product of patches and kernel where the output is smaller than the kernel."""
+    c, k = x.shape[-1], kernel.shape[0]
+    h, w = (-(-size // strides) for size in x.shape[1:3])
+    if min(h, w) >= k:
+        return conv(x, kernel, strides)
+    p = (k - 1) // 2
+    x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    shifted = [
+        x[:, _window(i, h, strides), _window(j, w, strides)] for i in range(k) for j in range(k)
+    ]
+    patches = jnp.concatenate(shifted, axis=-1)
+    # BhwP,PO->BhwO, P = k * k * I
+    return lax.dot_general(patches, kernel.reshape(k * k * c, -1), (((3,), (0,)), ((), ())))
+
+
+def _strided(x: jax.Array, strides: int) -> jax.Array:
+    return x[:, ::strides, ::strides] if strides > 1 else x
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _outer(x: jax.Array, g: jax.Array) -> jax.Array:
+    """NI,NO->IO; a product is fastest when its left side is laid out row by row."""
+    if x.shape[1] <= g.shape[1]:
+        return materialise(x.T) @ g
+    return materialise(materialise(g.T) @ x).T
+
+
+def _padded(x: jax.Array, k: int) -> jax.Array:
+    p = (k - 1) // 2
+    return materialise(jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0))))
+
+
+def _window(start: int, count: int, strides: int) -> slice:
+    return slice(start, start + (count - 1) * strides + 1, strides)
+
+
+def _by_position(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
+    """The gradient by the kernel, [k, k, I, O], one product for each of the kernel's positions."""
+    h, w = g.shape[1:3]
+    x = _padded(x, k)
+    g = materialise(_rows(g).T)  # ON
+    positions = [
+        g @ _rows(materialise(x[:, _window(i, h, strides), _window(j, w, strides)]))  # ON,NI->OI
+        for i in range(k)
+        for j in range(k)
+    ]
+    stacked = materialise(jnp.stack(positions))  # [k * k, O, I]
+    return stacked.reshape(k, k, *stacked.shape[1:]).transpose(0, 1, 3, 2)
+
+
+def _by_row(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
+    """As `_by_position`, one product for each of the kernel's rows."""
+    h, w = g.shape[1:3]
+    c = x.shape[-1]
+    x = _padded(x, k)
+    x = jnp.concatenate([x[:, :, _window(j, w, strides)] for j in range(k)], axis=-1)
+    x, g = materialise(x), _rows(g)  # [B, H + k - 1, w, k * I]
+    rows = [
+        # NP,NO->PO, P = k * I
+        lax.dot_general(
+            _rows(materialise(x[:, _window(i, h, strides)])), g, (((0,), (0,)), ((), ()))
+        )
+        for i in range(k)
+    ]
+    return jnp.stack(rows).reshape(k, k, c, g.shape[-1])

@@ -1,0 +1,53 @@
+"""Real chest X-rays on two CPU cores: SimCLR, then MICLe, against untrained and more SimCLR.
+
+    python -m bigmed.main --config configs/real_cxr.py --workdir DIR --config.data_root=DATA
+
+DATA/cxr_nih and DATA/cxr_covid are prepared as docs/results.md says (999 and 373 images; 480 and
+128 training patients, of whom many have several images). Three seeds. Hours: see docs/results.md,
+under one on 2 CPU cores. Expected metric: docs/results.md. Network, image size and number of steps
+are what two cores finish, far below the paper's; they test the method's order, not its level.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
+    config = common.base()
+    config.seeds = (0, 1, 2)
+    config.model = common.resnet(18)
+    config.data.canvas = 128
+    config.data.batch_size = 64
+    config.augment = common.augmentation("cxr", 64)
+    config.objective = common.simclr_objective(temperature=0.2)  # U: the paper's grid is .1 .5 1
+    config.optim = common.adamw(lr=1e-3, warmup_steps=10)
+    config.checkpoint.every = 40
+    common.set_data(
+        config,
+        cxr_nih=common.source("{data_root}/cxr_nih", "train"),
+        cxr_covid=common.source("{data_root}/cxr_covid", "train"),
+    )
+    more = {
+        "init_from": common.init_from(stage="simclr"),
+        "optim": common.adamw(lr=3e-4, warmup_steps=10),  # a third, as the paper (U)
+    }
+    config.stages = ("untrained", "simclr", "micle", "simclr_longer")
+    config.stage.untrained = common.stage(steps=0)
+    config.stage.simclr = common.stage(steps=120)
+    config.stage.micle = common.stage(
+        steps=60,
+        objective=common.simclr_objective("micle", temperature=0.2),
+        data={"pairs": "case"},
+        **more,
+    )
+    config.stage.simclr_longer = common.stage(steps=60, **more)
+    nih, covid = "{data_root}/cxr_nih", "{data_root}/cxr_covid"
+    findings = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
+    aetiology = ("covid19", "bacterial_pneumonia", "fungal_pneumonia")
+    config.evaluate = ("linear", "knn", "linear_covid")
+    config.evaluator = {
+        "linear": common.evaluator(nih, "linear", classes=findings),
+        "knn": common.evaluator(nih, "knn", classes=findings),
+        "linear_covid": common.evaluator(covid, "linear", classes=aetiology),
+    }
+    return common.smoke(config) if arg == "smoke" else config

@@ -1,0 +1,107 @@
+"""PyTorch twins of the encoders that `bench_train.py` times; test-only, needs the extra `bench`."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
+VITS = {"vit-s16": (384, 12, 6), "vit-b16": (768, 12, 12)}
+PATCH = 16
+
+
+class Block(nn.Module):
+    """A residual block of ResNet v1.5."""
+
+    def __init__(self, inputs: int, features: int, stride: int, bottleneck: bool):
+        super().__init__()
+        out = features * (4 if bottleneck else 1)
+        if bottleneck:
+            convs = [(inputs, features, 1, 1), (features, features, 3, stride), (features, out, 1, 1)]
+        else:
+            convs = [(inputs, out, 3, stride), (out, out, 3, 1)]
+        layers: list[nn.Module] = []
+        for i, o, size, s in convs:
+            layers += [nn.Conv2d(i, o, size, s, size // 2, bias=False), nn.BatchNorm2d(o)]
+            layers.append(nn.ReLU(inplace=True))
+        self.main = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Identity()
+        if stride > 1 or inputs != out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(self.main(x) + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """[B, 3, S, S] -> [B, D]."""
+
+    def __init__(self, blocks: tuple[int, ...], bottleneck: bool):
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+        ]
+        self.feature_dim = 64
+        for stage, count in enumerate(blocks):
+            for j in range(count):
+                features, stride = 64 * 2**stage, 2 if stage and not j else 1
+                layers.append(Block(self.feature_dim, features, stride, bottleneck))
+                self.feature_dim = features * (4 if bottleneck else 1)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).mean((2, 3))
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm block with PyTorch's fused attention."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d, 1e-6), nn.LayerNorm(d, 1e-6)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, d = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
+        y = functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """[B, 3, S, S] -> [B, D], the class token."""
+
+    def __init__(self, d: int, depth: int, heads: int, size: int):
+        super().__init__()
+        self.feature_dim = d
+        self.patches = nn.Conv2d(3, d, PATCH, PATCH)
+        self.cls = nn.Parameter(torch.zeros(1, 1, d))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // PATCH) ** 2 + 1, d))
+        self.blocks = nn.Sequential(*(TransformerBlock(d, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(d, 1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.position
+        return self.norm(self.blocks(x))[:, 0]
+
+
+def simclr(name: str, size: int) -> nn.Module:
+    """Encoder and two-layer projection head: [B, 3, size, size] -> [B, 128]."""
+    encoder = ResNet(*RESNETS[name]) if name in RESNETS else ViT(*VITS[name], size)
+    d = encoder.feature_dim
+    return nn.Sequential(
+        encoder,
+        nn.Linear(d, d, bias=False),
+        nn.BatchNorm1d(d),
+        nn.ReLU(inplace=True),
+        nn.Linear(d, 128, bias=False),
+        nn.BatchNorm1d(128),
+    )
