@@ -33,14 +33,14 @@ def get_config(arg: str = ""):
     }
     config.stages = ("untrained", "simclr", "micle", "simclr_longer")
     config.stage.untrained = common.stage(steps=0)
-    config.stage.simclr = common.stage(steps=120)
+    config.stage.simclr = common.stage(steps=80)
     config.stage.micle = common.stage(
-        steps=60,
+        steps=40,
         objective=common.simclr_objective("micle", temperature=0.2),
         data={"pairs": "case"},
         **more,
     )
-    config.stage.simclr_longer = common.stage(steps=60, **more)
+    config.stage.simclr_longer = common.stage(steps=40, **more)
     nih, covid = "{data_root}/cxr_nih", "{data_root}/cxr_covid"
     findings = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
     aetiology = ("covid19", "bacterial_pneumonia", "fungal_pneumonia")

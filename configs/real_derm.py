@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     config.data.canvas = 128
     config.data.channels = 3
     config.data.batch_size = 64
-    config.augment = common.augmentation("derm", 64)
+    config.augment = common.augmentation("derm", 48)
     config.objective = common.simclr_objective(temperature=0.2)  # U
     config.optim = common.adamw(lr=1e-3, warmup_steps=10)
     config.checkpoint.every = 40

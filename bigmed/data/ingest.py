@@ -227,9 +227,8 @@ def _pixels(
         if store.channels == "auto"
         else int(store.channels)
     )
-    file_format = store.format
-    if file_format == "auto":
-        file_format = "jpeg" if bits == 8 else "png"
+    default = "jpeg" if bits == 8 else "png"
+    file_format = default if store.format == "auto" else store.format
     if file_format == "jpeg" and bits == 16:
         raise UserError("--format jpeg: holds 8 bits and the source has 16; add --bits 8, or png")
     if store.bits == "auto" and len({header.bits for header in headers}) > 1:

@@ -28,7 +28,7 @@ MAX_IMAGES = 4  # of a patient
 
 # Difficulty. Larger contrasts make findings easier; larger jitters make everything harder.
 PREVALENCE = 0.3  # of each finding, drawn independently
-NODULES, NODULE_RADIUS, NODULE_CONTRAST = (4, 9), (0.05, 0.09), (0.35, 0.55)
+NODULES, NODULE_RADIUS, NODULE_CONTRAST = (3, 8), (0.05, 0.085), (0.30, 0.50)
 CONSOLIDATION_RADIUS, CONSOLIDATION_CONTRAST = (0.22, 0.36), (0.30, 0.50)
 EFFUSION_HEIGHT, EFFUSION_CONTRAST = (0.22, 0.50), (0.30, 0.50)
 HEART_NORMAL, HEART_LARGE = (0.24, 0.31), (0.37, 0.46)  # half-width
@@ -326,7 +326,7 @@ def _findings(person: Patient, x: np.ndarray, y: np.ndarray, lungs: dict) -> np.
         radius = _between(CONSOLIDATION_RADIUS, spot.share)
         outline, cloud = (_sample(person.texture, k * x + 0.3, k * y) for k in (1.7, 4.0))
         patch = _inside(_ellipse(x - spot.x, y - spot.y, radius, 1.5 * radius) + 0.4 * outline, 0.2)
-        patch *= np.clip(0.35 + 0.8 * cloud, -0.3, 1.3) * lung_of[spot.side]
+        patch *= np.clip(0.7 + 0.6 * cloud, 0, 1.3) * lung_of[spot.side]
         added += _between(CONSOLIDATION_CONTRAST, spot.strength) * patch
     for spot in person.places.get("effusion", ()):
         base = a["base_left" if spot.side > 0 else "base_right"]

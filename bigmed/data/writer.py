@@ -150,15 +150,26 @@ def working(out: pathlib.Path, *, wait: bool = False) -> Iterator[pathlib.Path]:
     Raises:
       UserError: another process works on the same data set, and `wait` is False.
     """
-    work = partial_directory(out) / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
+    partial = partial_directory(out)
+    work = partial / WORK
+    with _open_lock(work) as lock:
         try:
             # The kernel frees the lock when the process dies, however it dies.
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{out}: another run is preparing it; wait for that one") from None
         yield work
+        if (out / schema.INFO_FILE).exists():  # made while this process came too late
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_lock(work: pathlib.Path):
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            return open(work / "lock", "w")
+        except FileNotFoundError:  # another process published the data set at this very moment
+            continue
 
 
 def publish(out: pathlib.Path) -> None:
