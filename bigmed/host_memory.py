@@ -23,4 +23,4 @@ def keep_freed_memory() -> bool:
         (_M_TRIM_THRESHOLD, -1),  # the heap never shrinks
         (_M_ARENA_MAX, 1),  # one heap: only the main one can hold large blocks
     )
-    return all([mallopt(option, value) == 1 for option, value in settings])
+    return all(mallopt(option, value) == 1 for option, value in settings)

@@ -18,7 +18,7 @@ BATCH = 16
 
 def stage_config(**overrides):
     config = common.base()
-    config.model = common.resnet(18)
+    config.model = ConfigDict({"name": "tiny_model:Model", "width": 2})
     config.augment = common.augmentation("natural", 16)
     config.data.channels = 3
     config.objective.update(overrides)
@@ -121,7 +121,7 @@ def test_representations_are_encoder_and_head_layers():
     fns = objective.predict_fns()
     assert sorted(fns) == ["encoder", "head_1", "head_2"]
     shapes = {name: fn(state, batch).shape for name, fn in fns.items()}
-    assert shapes == {"encoder": (16, 512), "head_1": (16, 512), "head_2": (16, 128)}
+    assert shapes == {"encoder": (16, 64), "head_1": (16, 64), "head_2": (16, 128)}
     assert (fns["head_1"](state, batch) >= 0).all()  # behind the ReLU
 
 
@@ -141,6 +141,7 @@ def test_bf16_loss_is_close_and_statistics_stay_float32():
 )
 def test_mistakes_are_named(section, key, value):
     config = ConfigDict(stage_config().to_dict())
+    config.model = common.resnet(18, stem="small")
     config[section][key] = value
     with pytest.raises(UserError, match=str(value)):
         simclr.Objective(config, DATA)

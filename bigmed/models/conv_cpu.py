@@ -1,4 +1,4 @@
-"""Convolutions and their gradients on a CPU, as matrix products where these are faster.
+"""Convolution and max-pooling with their gradients on a CPU, where XLA's own are slow.
 
 XLA's CPU backend multiplies matrices and convolves forwards about as fast as oneDNN does, but takes
 3 to 30 times as long for the gradient with respect to a kernel. So, by measurement
@@ -56,6 +56,7 @@ def grads(
     x: jax.Array, kernel: jax.Array, g: jax.Array, strides: int
 ) -> tuple[jax.Array, jax.Array]:
     """`conv_grads`, faster on a CPU."""
+    x, g = materialise((x, g))
     if kernel.shape[0] > 1:
         by_x = jax.linear_transpose(lambda x: _by_patches(x, kernel, strides), x)(g)[0]
         by_kernel = _by_position if x.shape[-1] >= FEW_CHANNELS else _by_row
@@ -83,7 +84,7 @@ def _by_patches(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
 
 
 def _strided(x: jax.Array, strides: int) -> jax.Array:
-    return x[:, ::strides, ::strides] if strides > 1 else x
+    return materialise(x[:, ::strides, ::strides]) if strides > 1 else x
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -135,3 +136,45 @@ def _by_row(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
         for i in range(k)
     ]
     return jnp.stack(rows).reshape(k, k, c, g.shape[-1])
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 maximum with stride 2 and TensorFlow's SAME padding: BHWC->BhwC."""
+    window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME")
+
+
+def max_pool_grad_default(x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+    """XLA's gradient of `max_pool`, whose output is y: to the first maximum of each window."""
+    del y
+    return jax.vjp(max_pool, x)[1](g)[0]
+
+
+def max_pool_grad(x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+    """`max_pool_grad_default`, faster on a CPU."""
+    b, height, width, c = x.shape
+    h, w = y.shape[1:3]
+    top, left = height % 2, width % 2  # SAME pads an even size at its end alone
+    pads = ((0, 0), (top, 2 * h + 1 - height - top), (left, 2 * w + 1 - width - left), (0, 0))
+    x = materialise(jnp.pad(x, pads, constant_values=-jnp.inf))
+    offsets = [(i, j) for i in range(3) for j in range(3)]
+    first = jnp.full(y.shape, len(offsets), jnp.int8)
+    for n, (i, j) in reversed(list(enumerate(offsets))):
+        first = jnp.where(x[:, _window(i, h, 2), _window(j, w, 2)] == y, jnp.int8(n), first)
+    first = materialise(first)
+
+    def share(i: int, j: int) -> jax.Array:
+        """What position (i, j) of each window gets, [B, h + 1, w + 1, C], at its place among them.
+
+        Position 2 of a window is position 0 of the next.
+        """
+        part = jnp.where(first == 3 * i + j, g, jnp.zeros_like(g))
+        place = ((i // 2, 1 - i // 2), (j // 2, 1 - j // 2))
+        return jnp.pad(part, ((0, 0), *place, (0, 0)))
+
+    even_even = share(0, 0) + share(0, 2) + share(2, 0) + share(2, 2)
+    even_odd, odd_even = share(0, 1) + share(2, 1), share(1, 0) + share(1, 2)
+    rows = (jnp.stack([even_even, even_odd], 3), jnp.stack([odd_even, share(1, 1)], 3))
+    grad = jnp.stack(rows, axis=2)  # [B, h + 1, 2, w + 1, 2, C]
+    grad = grad.reshape(b, 2 * h + 2, 2 * w + 2, c)
+    return grad[:, top : top + height, left : left + width]

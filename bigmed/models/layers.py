@@ -44,9 +44,25 @@ def _conv2d_backward(strides: int, saved: tuple, g: jax.Array) -> tuple[jax.Arra
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
+@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 and TensorFlow's SAME padding: [B, H, W, C] -> [B, H/2, W/2, C]."""
-    return nn.max_pool(x, (3, 3), (2, 2), "SAME")
+    return conv_cpu.max_pool(x)
+
+
+def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, Any]:
+    y = conv_cpu.max_pool(x)
+    return y, (x, y)
+
+
+def _max_pool_backward(saved: Any, g: jax.Array) -> tuple[jax.Array]:
+    grad = lax.platform_dependent(
+        *saved, g, cpu=conv_cpu.max_pool_grad, default=conv_cpu.max_pool_grad_default
+    )
+    return (grad,)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def avg_pool(x: jax.Array, strides: int) -> jax.Array:

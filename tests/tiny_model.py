@@ -1,0 +1,31 @@
+"""A backbone from outside bigmed, named by its module: small enough to compile in a second."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigmed.models.resnet import Block, ConvNorm
+
+
+class Model(nn.Module):
+    """A stem and one residual block, with global batch norm and every kind of convolution."""
+
+    depth: int = 0
+    width: int = 1
+    dtype: Any = jnp.float32
+
+    @property
+    def feature_dim(self) -> int:
+        return 32 * self.width
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = ConvNorm(8 * self.width, 7, 4, dtype=self.dtype, name="stem")(x, train)
+        block = Block(
+            features=8 * self.width, strides=2, bottleneck=True,
+            sk_ratio=0.0, resnet_d=False, dtype=self.dtype, name="block",
+        )  # fmt: skip
+        x = block(x, train)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32), {"feature_map": x}
