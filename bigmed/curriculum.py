@@ -96,7 +96,8 @@ def prepare_stage(
         raise UserError(f"no stage '{name}': {did_you_mean(name, config.stage)}")
     if config.get("phantom"):
         phantom.prepare(workdir / "data" / "phantom", **config.phantom)
-    base = ConfigDict({k: v for k, v in config.items() if k not in NOT_PER_STAGE})
+    whole = config.copy_and_resolve_references()  # stages must not see one another's overrides
+    base = ConfigDict({k: v for k, v in whole.items() if k not in NOT_PER_STAGE})
     base.seed = seed
     _override(base, config.stage[name], f"config.stage.{name}")
     return _fill_places(base, config.data_root, workdir)
