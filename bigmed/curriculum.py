@@ -106,17 +106,19 @@ def prepare_stage(
 def _override(base: ConfigDict, changes: Mapping[str, Any], where: str) -> None:
     """Overrides known keys in place; a section that names another component replaces the old one.
 
-    `source` sections are keyed by data-set names, so they may bring new ones.
+    The entries of `source` are data sets by name: each is replaced whole, and may be a new one.
     """
+    free = where.endswith(".source")
     for key, value in changes.items():
-        section = isinstance(value, ConfigDict) and isinstance(base.get(key), ConfigDict)
-        if section and value.get("name", base[key].get("name")) == base[key].get("name"):
-            _override(base[key], value, f"{where}.{key}")
-            continue
-        if key not in base and not where.endswith(".source"):
+        if key not in base and not free:
             raise UserError(f"{where}.{key} is no key of the config; {did_you_mean(key, base)}")
-        with base.ignore_type():
-            base[key] = value
+        old = base.get(key)
+        section = not free and isinstance(value, ConfigDict) and isinstance(old, ConfigDict)
+        if section and value.get("name", old.get("name")) == old.get("name"):
+            _override(old, value, f"{where}.{key}")
+        else:
+            with base.ignore_type():
+                base[key] = value
 
 
 def _fill_places(config: Any, data_root: str, workdir: pathlib.Path) -> Any:

@@ -1,5 +1,7 @@
 """PyTorch twins of the encoders that `bench_train.py` times; test-only, needs the extra `bench`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -105,3 +107,54 @@ def simclr(name: str, size: int) -> nn.Module:
         nn.Linear(d, 128, bias=False),
         nn.BatchNorm1d(128),
     )
+
+
+def load_encoder(encoder: nn.Module, params: dict[str, Any]) -> None:
+    """Copies the parameters (NumPy arrays) of bigmed's encoder into its twin."""
+    copy = _copy_resnet if isinstance(encoder, ResNet) else _copy_vit
+    with torch.no_grad():
+        copy(encoder, params)
+
+
+def _set(target: nn.Module, weight: Any, bias: Any = None) -> None:
+    target.weight.copy_(torch.tensor(weight))
+    if bias is not None:
+        target.bias.copy_(torch.tensor(bias))
+
+
+def _conv_norm(layers: nn.Module, conv: dict[str, Any], norm: dict[str, Any]) -> None:
+    _set(layers[0], conv["kernel"].transpose(3, 2, 0, 1))
+    _set(layers[1], norm["scale"], norm["bias"])
+
+
+def _copy_resnet(encoder: ResNet, params: dict[str, Any]) -> None:
+    _conv_norm(encoder.layers[:2], **params["stem"])
+    blocks = iter(encoder.layers[4:])
+    for stage in range(1, 5):
+        stage_params = params[f"stage{stage}"]
+        for j in range(1, len(stage_params) + 1):
+            block, p = next(blocks), stage_params[f"block{j}"]
+            for k in range(1, 4 if "conv3" in p else 3):
+                _conv_norm(block.main[3 * k - 3 : 3 * k - 1], p[f"conv{k}"], p[f"norm{k}"])
+            if "shortcut" in p:
+                _conv_norm(block.shortcut, **p["shortcut"])
+
+
+def _copy_vit(encoder: ViT, params: dict[str, Any]) -> None:
+    def dense(target: nn.Linear, p: dict[str, Any], outputs: int) -> None:
+        _set(target, p["kernel"].reshape(-1, outputs).T, p["bias"].reshape(outputs))
+
+    d = encoder.feature_dim
+    kernel = params["patches"]["kernel"].reshape(PATCH, PATCH, 3, d)
+    _set(encoder.patches, kernel.transpose(3, 2, 0, 1), params["patches"]["bias"])
+    encoder.cls.copy_(torch.tensor(params["cls"]))
+    encoder.position.copy_(torch.tensor(params["pos_embedding"]))
+    _set(encoder.norm, params["norm"]["scale"], params["norm"]["bias"])
+    for i, block in enumerate(encoder.blocks, start=1):
+        p = params[f"block{i}"]
+        for norm, name in ((block.norm1, "norm1"), (block.norm2, "norm2")):
+            _set(norm, p[name]["scale"], p[name]["bias"])
+        dense(block.qkv, p["attention"]["qkv"], 3 * d)
+        dense(block.out, p["attention"]["out"], d)
+        dense(block.mlp[0], p["mlp"]["up"], 4 * d)
+        dense(block.mlp[2], p["mlp"]["down"], d)
