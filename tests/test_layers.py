@@ -45,8 +45,9 @@ def scipy_conv(x, kernel, strides):
     x, kernel = x.astype(np.float64), kernel.astype(np.float64)
     pad = kernel.shape[0] // 2
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    channels = range(x.shape[3])
     out = [
-        sum(signal.correlate2d(image[..., i], kernel[..., i, o], "valid") for i in range(x.shape[3]))
+        sum(signal.correlate2d(image[..., i], kernel[..., i, o], "valid") for i in channels)
         for image in x
         for o in range(kernel.shape[3])
     ]
@@ -196,7 +197,8 @@ def test_batch_norm_is_global_over_a_mesh():
 
     expected = jax.jit(apply)(x)
     found = jax.jit(apply)(jax.device_put(x, sharding.batch_sharding(mesh)))
-    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), found, expected)
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
@@ -216,7 +218,8 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
 
 
 def test_conv_initialisation():
-    kernel = layers.Conv(256, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]["kernel"]
+    variables = layers.Conv(256, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))
+    kernel = variables["params"]["kernel"]
     # variance scaling 1.0, fan-in (not He's 2.0), truncated at two deviations of the normal
     std = 1 / np.sqrt(9 * 64)
     assert np.std(kernel) == pytest.approx(std, rel=0.02)

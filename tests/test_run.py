@@ -16,7 +16,7 @@ from conftest import QUICK_COMPILE
 from bigmed import checkpoint, metrics
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 12
+STEPS = 40
 TINY = ("--config.model.name=tiny_model:Model", "--config.augment.size=24")
 
 
@@ -95,7 +95,7 @@ def start_until(workdir, cache, step, *flags, devices=1):
 def test_killed_at_any_moment_and_run_again_is_bit_equal(tmp_path, cache, uninterrupted):
     """kill -9 twice, in different places, with other numbers of loader workers and threads."""
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
-    for step, loader in ((1, "--config.data.workers=1"), (6, "--config.data.threads=1")):
+    for step, loader in ((5, "--config.data.workers=1"), (20, "--config.data.threads=1")):
         process = start_until(tmp_path, cache, step, loader)
         time.sleep(rng.uniform(0, 0.3))
         os.killpg(process.pid, signal.SIGKILL)
@@ -118,19 +118,26 @@ def test_sigterm_saves_and_exits_75_and_goes_on(tmp_path, cache, uninterrupted):
     assert_bit_equal(tmp_path, uninterrupted)
 
 
-def test_continues_on_another_number_of_devices(tmp_path, cache, uninterrupted):
+def test_continues_on_another_number_of_devices(tmp_path, cache):
+    """Batches and draws are the same: with a rate near 0 every loss agrees to rounding.
+
+    (With a real rate the runs part after some tens of steps, as any two roundings do.)
+    """
+    slow = ("--config.optim.lr=1e-6",)
+    assert run(tmp_path / "one", cache, *TRAIN_ONLY, *slow).returncode == 0
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-    process = start_until(tmp_path, cache, 5, *mesh, devices=4)
+    process = start_until(tmp_path / "two", cache, 5, *slow, *mesh, devices=4)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 75
-    assert run(tmp_path, cache, *TRAIN_ONLY).returncode == 0
-    path = pathlib.Path(STAGE) / "metrics.jsonl"
-    for got, want in zip(
-        metrics.read_jsonl(tmp_path / path), metrics.read_jsonl(uninterrupted / path), strict=True
-    ):
+    assert run(tmp_path / "two", cache, *TRAIN_ONLY, *slow).returncode == 0
+    one, two = (
+        metrics.read_jsonl(tmp_path / name / STAGE / "metrics.jsonl") for name in ("one", "two")
+    )
+    assert [line["step"] for line in one] == list(range(1, STEPS + 1))
+    for got, want in zip(two, one, strict=True):
         assert got["step"] == want["step"]
-        np.testing.assert_allclose(got["loss"], want["loss"], rtol=2e-3)
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=2e-5)
 
 
 def test_two_processes_train_as_one(tmp_path, cache, uninterrupted):

@@ -114,9 +114,8 @@ def torch_step(name: str, images: np.ndarray) -> Callable[[], None]:
         raise UserError(
             "PyTorch is not installed: pip install -e '.[bench]', or pass --notorch"
         ) from None
-    from torch.nn import functional
-
     import torch_models  # beside this file
+    from torch.nn import functional
 
     torch.manual_seed(0)
     model = torch_models.simclr(name, images.shape[1]).to(memory_format=torch.channels_last)

@@ -17,8 +17,9 @@ class Block(nn.Module):
     def __init__(self, inputs: int, features: int, stride: int, bottleneck: bool):
         super().__init__()
         out = features * (4 if bottleneck else 1)
+        c = features
         if bottleneck:
-            convs = [(inputs, features, 1, 1), (features, features, 3, stride), (features, out, 1, 1)]
+            convs = [(inputs, c, 1, 1), (c, c, 3, stride), (c, out, 1, 1)]
         else:
             convs = [(inputs, out, 3, stride), (out, out, 3, 1)]
         layers: list[nn.Module] = []
