@@ -61,9 +61,18 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
         log.info("%s is finished", workdir)
         return table.format_table(record.rows)
     with jax.set_mesh(mesh):
+        # Every stage of the first seed is built before any is run: mistakes are found at once, not
+        # in the night. The other seeds differ in nothing that could be one.
+        ready = {
+            entry["directory"]: _make_ready(entry, config, mesh, workdir, record)
+            for entry in plan[: len(config.stages)]
+        }
         for entry in plan:
-            stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
-            _run_entry(entry, stage_config, config, mesh, workdir, record, stop)
+            stage, evaluators = ready.pop(entry["directory"], None) or _make_ready(
+                entry, config, mesh, workdir, record
+            )
+            if not record.is_done(entry) or evaluators:
+                _run_entry(entry, stage, evaluators, workdir, record, stop)
     if main_process:
         html.write_report(workdir)
     return table.format_table(record.rows)
@@ -138,34 +147,49 @@ def _fill_places(config: Any, data_root: str, workdir: pathlib.Path) -> Any:
     return fill(config).lock()
 
 
-def _run_entry(
+def _make_ready(
     entry: Mapping[str, Any],
-    stage_config: ConfigDict,
     config: ConfigDict,
     mesh: Any,
     workdir: pathlib.Path,
     record: "_Record",
-    stop: Callable[[], bool],
-) -> None:
-    """Trains one stage if it is not done, then runs those evaluators that have not run."""
-    directory = workdir / entry["directory"]
-    missing = [name for name in config.evaluate if name not in record.evaluated(entry)]
-    if record.is_done(entry) and not missing:
-        return
+) -> tuple[train.Stage, dict[str, Any]]:
+    """A stage and those of its evaluators that have not run, their configs and data checked."""
+    stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
+    source = stage_config.init_from
+    earlier = config.stages[: config.stages.index(entry["name"])]
+    if source.stage and source.stage not in earlier:
+        raise UserError(
+            f"config.stage.{entry['name']}.init_from.stage='{source.stage}' is no earlier stage; "
+            f"{did_you_mean(source.stage, earlier)}"
+        )
+    if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
+        raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
     label = entry["directory"]
-    stage = train.build_stage(label, stage_config, directory, mesh)
-    # Made before anything is trained, so that a mistake in them is found at once.
-    evaluators = {
+    stage = train.build_stage(label, stage_config, workdir / label, mesh)
+    missing = [name for name in config.evaluate if name not in record.evaluated(entry)]
+    return stage, {
         name: _evaluator(name, config, stage, workdir, record.hash_key) for name in missing
     }
+
+
+def _run_entry(
+    entry: Mapping[str, Any],
+    stage: train.Stage,
+    evaluators: Mapping[str, Any],
+    workdir: pathlib.Path,
+    record: "_Record",
+    stop: Callable[[], bool],
+) -> None:
+    """Trains or continues a stage, then evaluates it."""
     state = train.restore(stage)
     if state is None:
-        weights, load, skip, lineage = _handed_over(stage, stage_config, record, workdir)
+        weights, load, skip, lineage = _handed_over(stage, record, workdir)
         state = train.fresh(stage, weights, load, skip)
         record.update(entry, state="running", init_from=lineage)
     log.info(
         "%s: %s parameters, %s, steps %d to %d",
-        label,
+        stage.label,
         f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
         stage.pipeline.describe(),
         int(state.step),
@@ -174,26 +198,26 @@ def _run_entry(
     state = train.run_stage(stage, state, train.preemption_watch(stop))
     record.update(entry, state="done", steps=int(state.step))
     for name, evaluator in evaluators.items():
-        rows = evaluator.run(state, checkpoint=f"{directory.name}/{int(state.step)}")
+        rows = evaluator.run(state, checkpoint=f"{stage.label}/{int(state.step)}")
         common = {"stage": entry["name"], "evaluator": name, "seed": entry["seed"]}
         record.add_rows(entry, name, [{**common, **row} for row in rows])
-        log.info("%s: evaluated with %s", label, name)
+        log.info("%s: evaluated with %s", stage.label, name)
 
 
 def _handed_over(
-    stage: train.Stage, config: ConfigDict, record: "_Record", workdir: pathlib.Path
+    stage: train.Stage, record: "_Record", workdir: pathlib.Path
 ) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any] | None]:
     """(weights, load patterns, skip patterns, lineage) of a stage's `init_from`.
 
     Without patterns, what the objective calls worth carrying is taken.
     """
-    source = config.init_from
+    source = stage.config.init_from
     if not (source.stage or source.checkpoints):
         return {}, (), (), None
     if source.checkpoints:
         folder = pathlib.Path(source.checkpoints)
     else:
-        folder = workdir / record.directory_of(source.stage, config.seed) / "checkpoints"
+        folder = workdir / record.directory_of(source.stage, stage.config.seed) / "checkpoints"
     weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
     here = tree.flatten(
         {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
@@ -259,11 +283,12 @@ class _Record:
         self.hash_key = _secret(workdir / ".hash_key")
 
     def directory_of(self, name: str, seed: int) -> str:
-        for directory, stage in self._stages.items():
-            if stage["name"] == name and stage["seed"] == seed:
-                return directory
-        names = {stage["name"] for stage in self._stages.values()}
-        raise UserError(f"init_from.stage='{name}': {did_you_mean(name, names)}")
+        """The folder of a stage, which `_make_ready` has seen to exist."""
+        return next(
+            directory
+            for directory, stage in self._stages.items()
+            if (stage["name"], stage["seed"]) == (name, seed)
+        )
 
     def is_done(self, entry: Mapping[str, Any]) -> bool:
         return self._stages[entry["directory"]]["state"] == "done"

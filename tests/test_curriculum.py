@@ -93,7 +93,7 @@ def test_training_on_test_patients_is_refused_before_anything_is_trained(tmp_pat
     config.data.source.phantom.split = "test"
     with pytest.raises(UserError, match="patients"):
         curriculum.run(config.lock(), tmp_path, stop=lambda: False)
-    assert not list(tmp_path.glob("*/checkpoints/*"))[1:]  # the untrained stage alone
+    assert not list(tmp_path.glob("*/checkpoints"))
 
 
 def test_seeds_give_their_own_stages_and_other_weights(tmp_path):
@@ -106,3 +106,18 @@ def test_seeds_give_their_own_stages_and_other_weights(tmp_path):
     kernel = "params/backbone/stem/conv/kernel"
     assert not np.array_equal(flat[0][kernel], flat[1][kernel])
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), *flat)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"stage": "micle"}, "'micle' is no earlier stage"),
+        ({"checkpoints": "/no/such/folder"}, "no folder /no/such/folder"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_refused_before_anything_is_trained(tmp_path, source, said):
+    config = tiny()
+    config.stage.simclr.init_from = common.init_from(**source)
+    with pytest.raises(UserError, match=said):
+        curriculum.run(config.lock(), tmp_path, stop=lambda: False)
+    assert not list(tmp_path.glob("*/checkpoints"))

@@ -108,11 +108,11 @@ def test_vit_parameter_counts(variant, width, depth, mlp, published, with_classi
     block = 4 * (width + 1) * width + (width + 1) * mlp + (mlp + 1) * width + 4 * width
     positions = (224 // patch) ** 2 + 1
     expected = (3 * patch**2 + 1) * width + (positions + 1) * width + depth * block + 2 * width
-    for scan in (False, True):
-        assert sizes(vit.Model(variant, scan=scan)) == (expected, 0)
-    assert sizes(vit.Model(variant, pool="gap", position="sincos2d"))[0] == (
-        expected - (positions + 1) * width
-    )
+    assert sizes(vit.Model(variant, scan=True)) == (expected, 0)
+    if variant == "Ti/16":
+        assert sizes(vit.Model(variant)) == (expected, 0)
+    without_tokens = vit.Model(variant, pool="gap", position="sincos2d", scan=True)
+    assert sizes(without_tokens)[0] == expected - (positions + 1) * width
     assert expected / 1e6 == pytest.approx(published, rel=0.005)
     if with_classifier:
         assert (expected + 1000 * (width + 1)) / 1e6 == pytest.approx(with_classifier, abs=0.01)
@@ -120,9 +120,9 @@ def test_vit_parameter_counts(variant, width, depth, mlp, published, with_classi
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
-    """Networks of one block a stage, and a transformer of three blocks."""
-    monkeypatch.setitem(resnet.VARIANTS, 10, ((1, 1, 1, 1), False))
-    monkeypatch.setitem(resnet.VARIANTS, 14, ((1, 1, 1, 1), True))
+    """Networks of two blocks, quick to compile, and a transformer of three."""
+    monkeypatch.setitem(resnet.VARIANTS, 6, ((1, 0, 0, 1), False))
+    monkeypatch.setitem(resnet.VARIANTS, 8, ((1, 0, 0, 1), True))
     monkeypatch.setitem(vit.VARIANTS, "deep", vit.Size(16, 3, 32, 2))
 
 
@@ -151,9 +151,9 @@ def prepare(model, size=32, channels=3, batch=2):
 @pytest.mark.parametrize(
     ("model", "size", "channels", "map_size", "dim"),
     [
-        (resnet.Model(10), 33, 1, 2, 512),
-        (resnet.Model(10, stem="small", width=2), 16, 3, 2, 1024),
-        (resnet.Model(14, sk_ratio=0.0625, resnet_d=True), 32, 3, 1, 2048),
+        (resnet.Model(6), 33, 1, 5, 512),
+        (resnet.Model(6, stem="small", width=2), 16, 3, 8, 1024),
+        (resnet.Model(8, sk_ratio=0.0625, resnet_d=True), 32, 3, 4, 2048),
         (vit.Model("mu/8"), 24, 1, 3, 32),
         (vit.Model("mu/4", pool="gap", position="sincos2d"), 12, 3, 3, 32),
     ],
@@ -173,7 +173,7 @@ def test_outputs(model, size, channels, map_size, dim):
         assert np.all(np.isfinite(features))
 
 
-@pytest.mark.parametrize(("depth", "last"), [(10, 2), (14, 3)])
+@pytest.mark.parametrize(("depth", "last"), [(6, 2), (8, 3)])
 def test_resnet_names_and_zero_scales(depth, last):
     model = resnet.Model(depth)
     x = jnp.zeros((1, 32, 32, 3))
@@ -183,12 +183,12 @@ def test_resnet_names_and_zero_scales(depth, last):
         "stem/conv/kernel",
         "stem/norm/bias",
         "stage1/block1/conv1/kernel",
-        "stage2/block1/shortcut/conv/kernel",
+        "stage4/block1/shortcut/conv/kernel",
         f"stage4/block1/norm{last}/scale",
     ):
         assert name in names
     zero = {name for name, leaf in names.items() if name.endswith("scale") and not np.any(leaf)}
-    assert zero == {f"stage{s}/block1/norm{last}/scale" for s in range(1, 5)}
+    assert zero == {f"stage{s}/block1/norm{last}/scale" for s in (1, 4)}
 
 
 def loss_and_grads(model, variables, x, train=True):
@@ -211,7 +211,7 @@ def assert_trees_close(found, expected, rtol):
 
 
 @pytest.mark.parametrize(
-    "model", [resnet.Model(10, stem="small"), vit.Model("mu/8")], ids=["resnet", "vit"]
+    "model", [resnet.Model(6, stem="small"), vit.Model("mu/8")], ids=["resnet", "vit"]
 )
 def test_remat_changes_neither_names_nor_results(model):
     x, variables = prepare(model, 16)
@@ -219,14 +219,13 @@ def test_remat_changes_neither_names_nor_results(model):
     assert_trees_close(found, loss_and_grads(model, variables, x), rtol=1e-3)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_scan_equals_the_unrolled_blocks(remat):
+def test_scan_equals_the_unrolled_blocks():
     model = vit.Model("deep/8")
     x, variables = prepare(model, 16)
     params = dict(variables["params"])
     blocks = [params.pop(f"block{i}") for i in (1, 2, 3)]
     stacked = {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
-    scanned = vit.Model("deep/8", scan=True, remat=remat)
+    scanned = vit.Model("deep/8", scan=True, remat=True)
     fresh = jax.jit(lambda x: scanned.init(jax.random.key(0), x, train=False))(x)
     assert jax.tree.map(jnp.shape, fresh["params"]) == jax.tree.map(jnp.shape, stacked)
     first, second = fresh["params"]["blocks"]["mlp"]["up"]["kernel"][:2]
@@ -242,7 +241,7 @@ def test_scan_equals_the_unrolled_blocks(remat):
 
 @pytest.mark.parametrize("stage", [0, 2, 4])
 def test_frozen_stages_get_no_gradient_and_keep_their_statistics(stage):
-    model = resnet.Model(10, stem="small", train_after_stage=stage)
+    model = resnet.Model(6, stem="small", train_after_stage=stage)
     x, variables = prepare(model, 16)
     _, grads = loss_and_grads(model, variables, x)
     _, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -260,7 +259,7 @@ def test_frozen_stages_get_no_gradient_and_keep_their_statistics(stage):
 @pytest.mark.parametrize(
     ("model", "rules"),
     [
-        (resnet.Model(10, stem="small"), resnet.SHARDING),
+        (resnet.Model(6, stem="small"), resnet.SHARDING),
         (vit.Model("mu/8"), vit.SHARDING),
         (vit.Model("mu/8", scan=True), vit.SHARDING),
     ],
@@ -298,9 +297,10 @@ def test_tensor_rules_split_heads_and_hidden_units():
 def test_projection_head(num_layers):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32)
     head = heads.ProjectionHead(num_layers, out_dim=3)
-    variables = head.init(jax.random.key(0), x, train=False)
-    if num_layers:
-        (z, layers), _ = head.apply(variables, x, train=True, mutable=["batch_stats"])
+    variables = random_variables(head, x)
+    if not num_layers:
+        assert not jax.tree.leaves(variables)
+    (z, layers), _ = head.apply(variables, x, train=True, mutable=["batch_stats"])
     assert len(layers) == num_layers + 1
     y = np.asarray(x, np.float64)
     for k in range(num_layers + 1):
@@ -380,7 +380,7 @@ def test_forward_equals_pytorch(name, monkeypatch):
     model = {"vit-s16": vit.Model("S/16")}.get(name) or resnet.Model(int(name[6:]))
     x, variables = prepare(model, size)
     encoder = torch_models.simclr(name, size)[0].eval()
-    torch_models.load_encoder(encoder, jax.tree.map(np.asarray, variables["params"]))
+    torch_models.load_encoder(encoder, **jax.tree.map(np.asarray, variables))
     found, _ = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
     with torch.no_grad():
         expected = encoder(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)).numpy()

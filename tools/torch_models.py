@@ -110,51 +110,53 @@ def simclr(name: str, size: int) -> nn.Module:
     )
 
 
-def load_encoder(encoder: nn.Module, params: dict[str, Any]) -> None:
-    """Copies the parameters (NumPy arrays) of bigmed's encoder into its twin."""
-    copy = _copy_resnet if isinstance(encoder, ResNet) else _copy_vit
+def load_encoder(
+    encoder: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any] | None = None
+) -> None:
+    """Copies the variables (NumPy arrays) of bigmed's encoder into its twin."""
     with torch.no_grad():
-        copy(encoder, params)
+        if isinstance(encoder, ResNet):
+            _copy_resnet(encoder, params, batch_stats)
+        else:
+            _copy_vit(encoder, params)
 
 
-def _set(target: nn.Module, weight: Any, bias: Any = None) -> None:
-    target.weight.copy_(torch.tensor(weight))
-    if bias is not None:
-        target.bias.copy_(torch.tensor(bias))
+def _set(target: nn.Module, **values: Any) -> None:
+    for name, value in values.items():
+        getattr(target, name).copy_(torch.tensor(value))
 
 
-def _conv_norm(layers: nn.Module, conv: dict[str, Any], norm: dict[str, Any]) -> None:
-    _set(layers[0], conv["kernel"].transpose(3, 2, 0, 1))
-    _set(layers[1], norm["scale"], norm["bias"])
+def _copy_resnet(encoder: ResNet, params: dict[str, Any], stats: dict[str, Any]) -> None:
+    def conv_norm(layers: nn.Module, conv: Any, norm: Any, norm_stats: Any) -> None:
+        _set(layers[0], weight=conv["kernel"].transpose(3, 2, 0, 1))
+        _set(layers[1], weight=norm["scale"], bias=norm["bias"])
+        _set(layers[1], running_mean=norm_stats["mean"], running_var=norm_stats["var"])
 
-
-def _copy_resnet(encoder: ResNet, params: dict[str, Any]) -> None:
-    _conv_norm(encoder.layers[:2], **params["stem"])
+    conv_norm(encoder.layers[:2], **params["stem"], norm_stats=stats["stem"]["norm"])
     blocks = iter(encoder.layers[4:])
-    for stage in range(1, 5):
-        stage_params = params[f"stage{stage}"]
-        for j in range(1, len(stage_params) + 1):
-            block, p = next(blocks), stage_params[f"block{j}"]
+    for stage in (f"stage{i}" for i in range(1, 5)):
+        for name in (f"block{j}" for j in range(1, len(params[stage]) + 1)):
+            block, p, s = next(blocks), params[stage][name], stats[stage][name]
             for k in range(1, 4 if "conv3" in p else 3):
-                _conv_norm(block.main[3 * k - 3 : 3 * k - 1], p[f"conv{k}"], p[f"norm{k}"])
+                layers = block.main[3 * k - 3 : 3 * k - 1]
+                conv_norm(layers, p[f"conv{k}"], p[f"norm{k}"], s[f"norm{k}"])
             if "shortcut" in p:
-                _conv_norm(block.shortcut, **p["shortcut"])
+                conv_norm(block.shortcut, **p["shortcut"], norm_stats=s["shortcut"]["norm"])
 
 
 def _copy_vit(encoder: ViT, params: dict[str, Any]) -> None:
     def dense(target: nn.Linear, p: dict[str, Any], outputs: int) -> None:
-        _set(target, p["kernel"].reshape(-1, outputs).T, p["bias"].reshape(outputs))
+        _set(target, weight=p["kernel"].reshape(-1, outputs).T, bias=p["bias"].reshape(outputs))
 
     d = encoder.feature_dim
     kernel = params["patches"]["kernel"].reshape(PATCH, PATCH, 3, d)
-    _set(encoder.patches, kernel.transpose(3, 2, 0, 1), params["patches"]["bias"])
-    encoder.cls.copy_(torch.tensor(params["cls"]))
-    encoder.position.copy_(torch.tensor(params["pos_embedding"]))
-    _set(encoder.norm, params["norm"]["scale"], params["norm"]["bias"])
+    _set(encoder, cls=params["cls"], position=params["pos_embedding"])
+    _set(encoder.patches, weight=kernel.transpose(3, 2, 0, 1), bias=params["patches"]["bias"])
+    _set(encoder.norm, weight=params["norm"]["scale"], bias=params["norm"]["bias"])
     for i, block in enumerate(encoder.blocks, start=1):
         p = params[f"block{i}"]
         for norm, name in ((block.norm1, "norm1"), (block.norm2, "norm2")):
-            _set(norm, p[name]["scale"], p[name]["bias"])
+            _set(norm, weight=p[name]["scale"], bias=p[name]["bias"])
         dense(block.qkv, p["attention"]["qkv"], 3 * d)
         dense(block.out, p["attention"]["out"], d)
         dense(block.mlp[0], p["mlp"]["up"], 4 * d)
