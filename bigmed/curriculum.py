@@ -163,6 +163,11 @@ def _make_ready(
             f"config.stage.{entry['name']}.init_from.stage='{source.stage}' is no earlier stage; "
             f"{did_you_mean(source.stage, earlier)}"
         )
+    if source.load and not (source.stage or source.checkpoints):
+        raise UserError(
+            f"config.stage.{entry['name']}.init_from.checkpoints is empty; give the checkpoints "
+            "folder of a stage of another run (or init_from.stage, an earlier stage of this one)"
+        )
     if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
         raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
     label = entry["directory"]

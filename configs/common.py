@@ -192,7 +192,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """The same stages on the synthetic data set, small enough for two CPU cores."""
     use_phantom(config, num_patients=60, size=48)
     config.seeds = (0,)
-    config.model = resnet(18)
+    config.model = vit("mu/8")  # compiles in seconds
     config.augment.size = 32
     config.data.batch_size = 16
     config.checkpoint.every = 4

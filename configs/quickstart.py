@@ -2,8 +2,8 @@
 
     python -m bigmed.main --config configs/quickstart.py --workdir /tmp/bigmed
 
-Hours: 0.1 on 2 CPU cores. Expected: see docs/results.md; the linear probe's macro AUC of both
-pretrained encoders is clearly above the untrained one's. The data are synthetic: the numbers show
+Hours: 0.1 on 2 CPU cores. Expected metric: linear-probe macro AUC of about 0.63 untrained and 0.75
+after SimCLR and after MICLe (docs/results.md). The data are synthetic: the numbers show
 that the machinery works, and nothing about medicine.
 """
 
@@ -22,9 +22,9 @@ def get_config(arg: str = ""):
     config.checkpoint.every = 50
     config.stages = ("untrained", "simclr", "micle")
     config.stage.untrained = common.stage(steps=0)
-    config.stage.simclr = common.stage(steps=150)
+    config.stage.simclr = common.stage(steps=120)
     config.stage.micle = common.stage(
-        steps=75,
+        steps=60,
         init_from=common.init_from(stage="simclr"),
         objective=common.simclr_objective("micle", temperature=0.2),
         data={"pairs": "case"},

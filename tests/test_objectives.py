@@ -18,7 +18,7 @@ BATCH = 16
 
 def stage_config(**overrides):
     config = common.base()
-    config.model = ConfigDict({"name": "tiny_model:Model", "width": 2})
+    config.model = ConfigDict({"name": "tiny_model:Model", "variant": "mu/16"})
     config.augment = common.augmentation("natural", 16)
     config.data.channels = 3
     config.objective.update(overrides)

@@ -200,7 +200,7 @@ def test_a_nan_rolls_back_by_policy_and_leaves_the_batch_out(tmp_path, cache):
         (["--config.data.source.phantom.dir=/nowhere/at/all"], "/nowhere/at/all"),
         (["--config.data.source.phantom.split=trian"], "trian"),
         (["--config.objective.name=simcl"], "did you mean 'simclr'"),
-        (["--config.model.name=resnet", "--config.model.depth=51"], "51"),
+        (["--config.model.name=vit", "--config.model.variant=Q/8"], "config.model.variant='Q/8'"),
         (["--config.optim.name=larz"], "did you mean 'lars'"),
         (["--config.augment.recipe=cxrr"], "did you mean 'cxr'"),
         (["--config.augment.crop_area_min=2.0"], "crop_area"),
@@ -223,7 +223,7 @@ def test_a_mistake_is_one_plain_line_and_exit_2(tmp_path, cache, flags, said):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, cache, uninterrupted):
     there = uninterrupted / STAGE / "checkpoints"
     failed = run(
-        tmp_path, cache, *TRAIN_ONLY, "--config.model.width=2",
+        tmp_path, cache, *TRAIN_ONLY, "--config.model.variant=mu/16",
         f"--config.init_from.checkpoints={there}",
     )  # fmt: skip
     assert failed.returncode == 2

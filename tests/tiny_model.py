@@ -12,19 +12,22 @@ from bigmed.models.resnet import Block, ConvNorm
 class Model(nn.Module):
     """A stem and one residual block, with global batch norm and every kind of convolution."""
 
-    depth: int = 0
-    width: int = 1
+    variant: str = "mu/8"  # as the smoke forms have it; the number is the block's width
     dtype: Any = jnp.float32
 
     @property
+    def _width(self) -> int:
+        return int(self.variant.partition("/")[2])
+
+    @property
     def feature_dim(self) -> int:
-        return 32 * self.width
+        return 4 * self._width
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = ConvNorm(8 * self.width, 7, 4, dtype=self.dtype, name="stem")(x, train)
+        x = ConvNorm(self._width, 7, 4, dtype=self.dtype, name="stem")(x, train)
         block = Block(
-            features=8 * self.width, strides=2, bottleneck=True,
+            features=self._width, strides=2, bottleneck=True,
             sk_ratio=0.0, resnet_d=False, dtype=self.dtype, name="block",
         )  # fmt: skip
         x = block(x, train)
