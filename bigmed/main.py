@@ -4,6 +4,7 @@ Exit codes: 0 finished; 2 a mistake of the user's, named in one line; 75 stopped
 SIGINT after saving (run the same command again to go on); 1 anything else.
 """
 
+import importlib.util
 import logging
 import os
 import pathlib
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
-from bigmed import errors
+from bigmed import errors, host_memory
 
 app.define_help_flags()
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # configs import one another from there
@@ -94,6 +95,8 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 def _start_jax() -> None:
+    if not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")):
+        host_memory.keep_freed_memory()  # JAX will run on the CPU
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("bigmed").setLevel(logging.INFO)
     import jax

@@ -7,7 +7,7 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "tree", "resolve", "precision", "image_ops"),
+    ("errors", "tree", "resolve", "precision", "image_ops", "host_memory"),
     ("losses", "augment", "optim", "sharding", "checkpoint", "metrics", "statistics"),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert"),
