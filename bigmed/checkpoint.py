@@ -217,6 +217,8 @@ def load_flat(
                     raise TornCheckpoint(f"'{name}' does not read back as it was written")
         except TornCheckpoint as torn:
             print(torn_line(step, directory, torn))
+            if jax.process_index() == 0:
+                _set_aside(directory / str(step))
             continue
         return {name: leaf for name, leaf in flat.items() if tree.matches(patterns, name)}, meta
     raise UserError(f"no {'whole ' if steps else ''}checkpoint in {directory}")

@@ -1,37 +1,22 @@
 """Many stages in order: hand-over of weights, evaluation, results and the report."""
 
-import json
 import logging
 import pathlib
-import platform
-import secrets
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from bigmed import __version__, checkpoint, metrics, sharding, train, tree
+from bigmed import checkpoint, sharding, train, tree
 from bigmed.data import phantom, sources
-from bigmed.errors import UserError, did_you_mean
+from bigmed.errors import Preempted, UserError, did_you_mean
+from bigmed.record import Record, check_config, settings_digest, write_config
 from bigmed.report import html, table
 from bigmed.resolve import resolve
 
 log = logging.getLogger("bigmed")
 
-# What may change between two runs in one workdir, because no result depends on it.
-FREE_KEYS = (
-    "checkpoint/.*",
-    "log/.*",
-    "mesh/.*",
-    "data_root",
-    ".*data/(workers|threads|prefetch)",
-    "evaluate.*",
-    "evaluator/.*",
-)
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 NOT_PER_STAGE = (
     "stages", "stage", "seeds", "evaluate", "evaluator", "phantom", "mesh", "data_root"
 )  # fmt: skip
@@ -54,11 +39,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
     plan = list(_plan(config))
     mesh = sharding.make_mesh(config.mesh)
     main_process = jax.process_index() == 0
-    if main_process:
-        _write_config(config, workdir)
-    record = _Record(workdir, plan)
-    if record.finished(config.evaluate):
+    check_config(config, workdir)
+    record = Record(workdir, plan)
+    if record.finished(config):
         log.info("%s is finished", workdir)
+        if main_process:
+            html.write_report(workdir)
         return table.format_table(record.rows)
     with jax.set_mesh(mesh):
         # Every stage of the first seed is built before any is run: mistakes are found at once, not
@@ -67,12 +53,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
             entry["directory"]: _make_ready(entry, config, mesh, workdir, record)
             for entry in plan[: len(config.stages)]
         }
+        if main_process:
+            write_config(config, workdir)
         for entry in plan:
             stage, evaluators = ready.pop(entry["directory"], None) or _make_ready(
                 entry, config, mesh, workdir, record
             )
             if not record.is_done(entry) or evaluators:
-                _run_entry(entry, stage, evaluators, workdir, record, stop)
+                _run_entry(entry, stage, evaluators, config, workdir, record, stop)
     if main_process:
         html.write_report(workdir)
     return table.format_table(record.rows)
@@ -80,8 +68,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
 
 def _plan(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """The runs in order: every stage of the first seed, then of the next."""
-    if not config.stages:
-        raise UserError("config.stages is empty; name at least one stage of config.stage")
+    for key in ("stages", "seeds"):
+        if not config[key]:
+            raise UserError(f"config.{key} is empty; give at least one")
+    for name in config.evaluate:
+        if name not in config.evaluator:
+            raise UserError(
+                f"config.evaluate names '{name}': {did_you_mean(name, config.evaluator)}"
+            )
     for name in config.stages:
         if name not in config.stage:
             raise UserError(f"config.stages names '{name}': {did_you_mean(name, config.stage)}")
@@ -152,7 +146,7 @@ def _make_ready(
     config: ConfigDict,
     mesh: Any,
     workdir: pathlib.Path,
-    record: "_Record",
+    record: Record,
 ) -> tuple[train.Stage, dict[str, Any]]:
     """A stage and those of its evaluators that have not run, their configs and data checked."""
     stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
@@ -172,7 +166,11 @@ def _make_ready(
         raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
-    missing = [name for name in config.evaluate if name not in record.evaluated(entry)]
+    missing = [
+        name
+        for name in config.evaluate
+        if record.evaluated(entry).get(name) != settings_digest(config, name)
+    ]
     return stage, {
         name: _evaluator(name, config, stage, workdir, record.hash_key) for name in missing
     }
@@ -182,8 +180,9 @@ def _run_entry(
     entry: Mapping[str, Any],
     stage: train.Stage,
     evaluators: Mapping[str, Any],
+    config: ConfigDict,
     workdir: pathlib.Path,
-    record: "_Record",
+    record: Record,
     stop: Callable[[], bool],
 ) -> None:
     """Trains or continues a stage, then evaluates it."""
@@ -203,14 +202,17 @@ def _run_entry(
     state = train.run_stage(stage, state, train.preemption_watch(stop))
     record.update(entry, state="done", steps=int(state.step))
     for name, evaluator in evaluators.items():
+        if jax.process_count() == 1 and stop():
+            raise Preempted(f"{stage.label}: stopped on request before '{name}'; it is trained")
         rows = evaluator.run(state, checkpoint=f"{stage.label}/{int(state.step)}")
         common = {"stage": entry["name"], "evaluator": name, "seed": entry["seed"]}
-        record.add_rows(entry, name, [{**common, **row} for row in rows])
+        rows = [{**common, **row} for row in rows]
+        record.add_rows(entry, name, settings_digest(config, name), rows)
         log.info("%s: evaluated with %s", stage.label, name)
 
 
 def _handed_over(
-    stage: train.Stage, record: "_Record", workdir: pathlib.Path
+    stage: train.Stage, record: Record, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any] | None]:
     """(weights, load patterns, skip patterns, lineage) of a stage's `init_from`.
 
@@ -224,6 +226,11 @@ def _handed_over(
     else:
         folder = workdir / record.directory_of(source.stage, stage.config.seed) / "checkpoints"
     weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
+    if source.stage and not record.reached(folder.parent.name, meta["step"]):
+        raise UserError(
+            f"the last checkpoint of {folder.parent.name} is torn and has been set aside; "
+            "run the same command again to train its end anew"
+        )
     here = tree.flatten(
         {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
     )
@@ -244,8 +251,6 @@ def _evaluator(
     name: str, config: ConfigDict, stage: train.Stage, workdir: pathlib.Path, hash_key: bytes
 ) -> Any:
     """One evaluator of a stage, its data checked: no test patient may be among those trained on."""
-    if name not in config.evaluator:
-        raise UserError(f"config.evaluate names '{name}': {did_you_mean(name, config.evaluator)}")
     settings = dict(_fill_places(config.evaluator[name], config.data_root, workdir))
     evaluator_class = resolve(settings.pop("name", name), "bigmed.evaluators", "Evaluator")
     representation = settings.pop("representation", "encoder")
@@ -272,99 +277,3 @@ def _evaluator(
         )
     except TypeError as error:  # a key that the evaluator does not have
         raise UserError(f"config.evaluator.{name}: {error}") from error
-
-
-class _Record:
-    """`curriculum.json` and `results.json`: what is done, and what came of it."""
-
-    def __init__(self, workdir: pathlib.Path, plan: list[dict[str, Any]]):
-        self._path, self._results = workdir / "curriculum.json", workdir / "results.json"
-        self._stages = {entry["directory"]: {**entry, "state": "pending"} for entry in plan}
-        if self._path.exists():
-            known = json.loads(self._path.read_text(encoding="utf-8"))["stages"]
-            for stage in known:
-                self._stages[stage["directory"]].update(stage)
-        self.rows = json.loads(self._results.read_text()) if self._results.exists() else []
-        self.hash_key = _secret(workdir / ".hash_key")
-
-    def directory_of(self, name: str, seed: int) -> str:
-        """The folder of a stage, which `_make_ready` has seen to exist."""
-        return next(
-            directory
-            for directory, stage in self._stages.items()
-            if (stage["name"], stage["seed"]) == (name, seed)
-        )
-
-    def is_done(self, entry: Mapping[str, Any]) -> bool:
-        return self._stages[entry["directory"]]["state"] == "done"
-
-    def evaluated(self, entry: Mapping[str, Any]) -> list[str]:
-        return self._stages[entry["directory"]].get("evaluated", [])
-
-    def finished(self, evaluators: tuple[str, ...]) -> bool:
-        return all(
-            stage["state"] == "done" and set(evaluators) <= set(stage.get("evaluated", []))
-            for stage in self._stages.values()
-        )
-
-    def update(self, entry: Mapping[str, Any], **values: Any) -> None:
-        self._stages[entry["directory"]].update(values)
-        if jax.process_index() == 0:
-            metrics.write_json(self._path, {"stages": list(self._stages.values())})
-
-    def add_rows(self, entry: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> None:
-        """Adds an evaluator's rows, in place of any that a killed run left behind."""
-        key = {"stage": entry["name"], "seed": entry["seed"], "evaluator": name}
-        kept = [row for row in self.rows if any(row[k] != v for k, v in key.items())]
-        self.rows = kept + [{k: metrics.json_safe(v) for k, v in row.items()} for row in rows]
-        if jax.process_index() == 0:
-            metrics.write_json(self._results, self.rows)
-        self.update(entry, evaluated=[*self.evaluated(entry), name])
-
-
-def _secret(path: pathlib.Path) -> bytes:
-    """The workdir's own key for hashing identifiers; made once, readable by its owner alone."""
-    if jax.process_index() == 0 and not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
-    return bytes.fromhex(path.read_text()) if path.exists() else b""
-
-
-def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json, or checks it against the run that is being continued.
-
-    Raises:
-      UserError: a setting that results depend on has changed.
-    """
-    path = workdir / "config.json"
-    wanted = json.loads(config.to_json_best_effort())
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["config"]
-        old, new = tree.flatten(before), tree.flatten(wanted)
-        changed = [
-            f"config.{name.replace('/', '.')} was {old.get(name)!r} and is {new.get(name)!r}"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and not tree.matches(FREE_KEYS, name)
-        ]
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run with another config: {'; '.join(changed[:4])}; "
-                "use another --workdir"
-            )
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    versions |= {"bigmed": __version__, "python": platform.python_version()}
-    metrics.write_json(
-        path, {"config": wanted, "versions": versions, "git_commit": _git_commit()}
-    )
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this code lies in, '+' for uncommitted changes."""
-    here = pathlib.Path(__file__).parent
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=40"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -64,10 +64,15 @@ def parse(argv: list[str]) -> pathlib.Path:
     """
     try:
         rest = flags.FLAGS(argv)
+    except KeyError as error:
+        raise errors.UserError(f"the config has no such key: {error}") from error
     except Exception as error:  # absl, the config flag and a config's own code raise what they like
         raise errors.UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise errors.UserError(f"'{rest[1]}' is no flag; flags begin with --")
+    given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if not DISTRIBUTED.value and any(value is not None for value in given):
+        raise errors.UserError("--coordinator, --num_processes, --process_id need --distributed")
     if CONFIG.value is None or not WORKDIR.value:
         raise errors.UserError("--config configs/NAME.py and --workdir DIR are both needed")
     workdir = pathlib.Path(WORKDIR.value).expanduser().absolute()
@@ -105,7 +110,12 @@ def _start_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if DISTRIBUTED.value:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        try:
+            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        except ValueError as error:
+            raise errors.UserError(
+                f"--distributed: {error} (give --coordinator, --num_processes and --process_id)"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -24,8 +24,16 @@ def json_safe(value: Any) -> Any:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of one."""
     path = pathlib.Path(path)
+    _replace(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Puts `text` in the place of a file, also if the power fails in between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -52,9 +60,7 @@ class JsonlWriter:
         lines = read_jsonl(self._path)
         if resume_step is not None:
             lines = [line for line in lines if line["step"] <= resume_step]
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(map(_line, lines)), encoding="utf-8")
-        os.replace(temporary, self._path)
+        _replace(self._path, "".join(map(_line, lines)))
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

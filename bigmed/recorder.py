@@ -93,14 +93,11 @@ class Recorder:
         """The metrics so far, then the state; returns when the state before this one is safe."""
         if self._main:
             self._metrics.sync()
+        if step in self._checkpointer.steps():  # a stop right after a periodic save
+            return
         self._checkpointer.save(step, state, self._identity)
         if step >= self._total_steps or step == 0:
             self._checkpointer.wait()
-
-    def save_if_none(self, state: TrainState, step: int) -> None:
-        """For a stage of no steps: the weights it was given are its result."""
-        if not self._checkpointer.steps():
-            self.save(state, step)
 
     def _warn_of_collapse(self, step: int, values: Mapping[str, Any]) -> None:
         std, rank = values.get("feature_std", 1.0), values.get("effective_rank", np.inf)

@@ -41,7 +41,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
         updated = state.replace(
             params=params,
             batch_stats=aux["batch_stats"],

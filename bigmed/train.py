@@ -65,6 +65,9 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
         raise UserError(
             f"config.on_non_finite='{config.on_non_finite}': valid: {', '.join(ON_NON_FINITE)}"
         )
+    for section, key in (("checkpoint", "every"), ("checkpoint", "keep"), ("log", "every")):
+        if config[section][key] < 1:
+            raise UserError(f"config.{section}.{key}={config[section][key]}: valid: 1 and more")
     objective_class = resolve(config.objective.name, "bigmed.objectives", "Objective")
     pipeline = Pipeline(
         config.data,
@@ -113,6 +116,9 @@ def stage_steps(config: Any, units_per_epoch: int) -> int:
         raise UserError(
             f"config.steps={config.steps} and config.epochs={config.epochs}: give exactly one"
         )
+    length = config.epochs if config.steps is None else config.steps
+    if length < 0:
+        raise UserError(f"config.steps={config.steps}, config.epochs={config.epochs}: 0 or more")
     if config.steps is not None:
         return int(config.steps)
     return int(np.ceil(units_per_epoch * config.epochs / config.data.batch_size))
@@ -124,8 +130,6 @@ def restore(stage: Stage) -> TrainState | None:
     Raises:
       UserError: the checkpoint is of another model, data, seed or batch size.
     """
-    if not stage.checkpoints.is_dir():
-        return None
     checkpointer = Checkpointer(stage.checkpoints)
     found = checkpointer.restore_latest(stage.abstract)
     checkpointer.close()
@@ -191,7 +195,7 @@ def run_stage(
     ) as recorder:
         recorder.describe(stage.abstract.params)
         if start >= stage.total_steps:
-            recorder.save_if_none(state, start)
+            recorder.save(state, start)  # of a stage of no steps; else it is there
             return state
         train_step = _compile(stage, state, recorder)
         while True:
@@ -251,7 +255,11 @@ def _batches(stage: Stage, start: int, recorder: Recorder) -> Iterator[tuple[int
     for step in range(start, stage.total_steps):
         asked = time.monotonic()
         batch = sharding.put_batch(next(host_batches), rows)
-        control = jax.device_put((np.int32(step), np.bool_(step in skipped)), everywhere)
+        control = [
+            # Not device_put, which on many hosts compares the values among them first.
+            jax.make_array_from_callback((), everywhere, lambda _, value=value: value)
+            for value in (np.array(step, np.int32), np.array(step in skipped))
+        ]
         recorder.waited(time.monotonic() - asked)
         yield step, batch, control
 
@@ -297,7 +305,8 @@ def _leave_out_or_stop(stage: Stage, state: TrainState, recorder: Recorder) -> N
     recorder.save(state, step)
     raise NonFiniteError(
         f"{found}; stopped, and the state before it is saved as step {step}. "
-        "Lower the learning rate, clip gradients, or set config.on_non_finite='rollback'"
+        "Set config.on_non_finite='rollback' to leave such batches out, or start from the saved "
+        "state (init_from.checkpoints) in another workdir with a lower rate or clipping"
     )
 
 

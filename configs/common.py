@@ -10,12 +10,14 @@ from ml_collections.config_dict import placeholder
 
 def resnet(depth: int, width: int = 1, **overrides) -> ConfigDict:
     """A ResNet v1.5; `stem='small'` for images of 96 pixels and less."""
-    return ConfigDict({"name": "resnet", "depth": depth, "width": width, **overrides})
+    return ConfigDict(
+        {"name": "resnet", "depth": depth, "width": width, "remat": False, **overrides}
+    )
 
 
 def vit(variant: str, **overrides) -> ConfigDict:
     """A vision transformer, e.g. 'S/16'."""
-    return ConfigDict({"name": "vit", "variant": variant, **overrides})
+    return ConfigDict({"name": "vit", "variant": variant, "remat": False, **overrides})
 
 
 def simclr_objective(name: str = "simclr", **overrides) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Stages: their overrides, their order, their hand-over, and what a used workdir refuses."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def test_a_section_with_another_name_replaces_the_whole_section(tmp_path):
     config = tiny()
     config.stage.simclr.model = common.vit("Ti/8")
     stage = curriculum.prepare_stage(config.lock(), "simclr", 0, tmp_path)
-    assert stage.model.to_dict() == {"name": "vit", "variant": "Ti/8"}
+    assert stage.model.to_dict() == {"name": "vit", "variant": "Ti/8", "remat": False}
 
 
 def test_weights_are_handed_over_exactly_and_the_optimiser_starts_fresh(tmp_path):
@@ -121,3 +122,32 @@ def test_weights_that_cannot_be_had_are_refused_before_anything_is_trained(tmp_p
     with pytest.raises(UserError, match=said):
         curriculum.run(config.lock(), tmp_path, stop=lambda: False)
     assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_a_torn_last_checkpoint_is_trained_again_and_not_handed_over(tmp_path):
+    config = tiny(stages=("simclr", "copy"))
+    config.stage.copy = common.stage(steps=0, init_from=common.init_from(stage="simclr"))
+    config.lock()
+    curriculum.run(config, tmp_path, stop=lambda: False)
+    want, _ = checkpoint.load_flat(tmp_path / "01_copy" / "checkpoints")
+    shutil.rmtree(tmp_path / "01_copy")
+    last = tmp_path / "00_simclr" / "checkpoints" / "6" / "state"
+    biggest = max(last.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[:100])
+    with pytest.raises(UserError, match="run the same command again"):
+        curriculum.run(config, tmp_path, stop=lambda: False)
+    curriculum.run(config, tmp_path, stop=lambda: False)
+    got, _ = checkpoint.load_flat(tmp_path / "01_copy" / "checkpoints")
+    for name, leaf in want.items():
+        np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+
+
+def test_other_settings_of_an_evaluator_are_evaluated_anew(tmp_path):
+    config = tiny(stages=("untrained",), evaluate=("knn",)).lock()
+    curriculum.run(config, tmp_path, stop=lambda: False)
+    first = json.loads((tmp_path / "results.json").read_text())
+    config.evaluator.knn.classes = CLASSES
+    curriculum.run(config, tmp_path, stop=lambda: False)
+    second = json.loads((tmp_path / "results.json").read_text())
+    assert {row["metric"] for row in first} > {row["metric"] for row in second}
+    assert {row["metric"] for row in second} == {"auc_macro", *(f"auc/{c}" for c in CLASSES)}

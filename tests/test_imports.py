@@ -11,7 +11,7 @@ LAYERS = (
     ("losses", "augment", "optim", "sharding", "checkpoint", "metrics", "statistics"),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert"),
-    ("state", "step", "recorder"),
+    ("state", "step", "recorder", "record"),
     ("train", "curriculum"),
     ("main",),
 )

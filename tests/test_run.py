@@ -175,6 +175,10 @@ def test_a_nan_stops_names_the_tensor_and_keeps_the_last_good_state(tmp_path, ca
     assert "batch 5 gives a non-finite 'activations/3_embeddings'" in line
     flat, meta = checkpoint.load_flat(tmp_path / STAGE / "checkpoints")
     assert meta["step"] == 5 and all(np.isfinite(leaf).all() for leaf in flat.values())
+    again = run(tmp_path, cache, *TRAIN_ONLY, broken)
+    assert again.returncode == 1 and again.stderr.strip().splitlines()[-1] == line
+    goes_on = run(tmp_path, cache, *TRAIN_ONLY, broken, "--config.on_non_finite=rollback")
+    assert goes_on.returncode == 0, goes_on.stderr
 
 
 def test_a_nan_rolls_back_by_policy_and_leaves_the_batch_out(tmp_path, cache):
@@ -206,6 +210,11 @@ def test_a_nan_rolls_back_by_policy_and_leaves_the_batch_out(tmp_path, cache):
         (["--config.augment.crop_area_min=2.0"], "crop_area"),
         (["--config.on_non_finite=ignore"], "valid: stop, rollback"),
         (["--config.precision=f16"], "valid: bf16, f32"),
+        (["--process_id=1"], "need --distributed"),
+        (["--distributed"], "--coordinator"),
+        (["--config.seeds=()"], "config.seeds is empty"),
+        (["--config.log.every=0"], "config.log.every=0"),
+        (["--config.evaluator.linear.fraction=3.0"], "fraction=3.0"),
         (["--config.stage.simclr.epochs=1.0"], "give exactly one"),
         (["--config.objective.name=micle"], "config.data.pairs"),
     ],
@@ -218,6 +227,7 @@ def test_a_mistake_is_one_plain_line_and_exit_2(tmp_path, cache, flags, said):
     assert len(lines) == 1 and lines[0] == failed.stderr.strip().splitlines()[-1]
     assert said in lines[0] and "Traceback" not in failed.stderr
     assert not list(tmp_path.rglob("checkpoints/*")), "nothing half-written"
+    assert not (tmp_path / "config.json").exists(), "the corrected command may use this workdir"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, cache, uninterrupted):

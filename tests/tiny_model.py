@@ -13,6 +13,7 @@ class Model(nn.Module):
     """A stem and one residual block, with global batch norm and every kind of convolution."""
 
     variant: str = "mu/8"  # as the smoke forms have it; the number is the block's width
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @property

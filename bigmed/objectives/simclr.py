@@ -192,7 +192,8 @@ class Objective:
     def preprocessing(self) -> dict[str, Any]:
         """What `predict_fns` do to an image; part of the key of cached features."""
         settings = self._augment
-        return {name: getattr(settings, name) for name in ("size", "eval_crop", "antialias")}
+        form = {name: getattr(settings, name) for name in ("size", "eval_crop", "antialias")}
+        return {**form, "backbone": repr(self.backbone)}
 
     def _two_views(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
         views = [

@@ -1,0 +1,153 @@
+"""What a workdir says of its run: config.json, curriculum.json, results.json."""
+
+import hashlib
+import json
+import pathlib
+import platform
+import secrets
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from bigmed import __version__, metrics, tree
+from bigmed.errors import UserError
+
+# What may change between two runs in one workdir, because no result depends on it.
+FREE_KEYS = (
+    "checkpoint/.*",
+    "log/.*",
+    "(.*/)?on_non_finite",
+    "mesh/.*",
+    "data_root",
+    ".*data/(workers|threads|prefetch)",
+    "evaluate.*",
+    "evaluator/.*",
+)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Record:
+    """`curriculum.json` and `results.json`: what is done, and what came of it."""
+
+    def __init__(self, workdir: pathlib.Path, plan: list[dict[str, Any]]):
+        self._path, self._results = workdir / "curriculum.json", workdir / "results.json"
+        self._stages = {entry["directory"]: {**entry, "state": "pending"} for entry in plan}
+        if self._path.exists():
+            known = json.loads(self._path.read_text(encoding="utf-8"))["stages"]
+            for stage in known:
+                self._stages[stage["directory"]].update(stage)
+        self.rows = json.loads(self._results.read_text()) if self._results.exists() else []
+        self.hash_key = _secret(workdir / ".hash_key")
+
+    def directory_of(self, name: str, seed: int) -> str:
+        """The folder of a stage, which `_make_ready` has seen to exist."""
+        return next(
+            directory
+            for directory, stage in self._stages.items()
+            if (stage["name"], stage["seed"]) == (name, seed)
+        )
+
+    def is_done(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a stage is trained and its last checkpoint is there."""
+        stage = self._stages[entry["directory"]]
+        last = self._path.parent / entry["directory"] / "checkpoints" / str(stage.get("steps"))
+        return stage["state"] == "done" and last.is_dir()
+
+    def reached(self, directory: str, step: int) -> bool:
+        """Whether this is the step at which the stage ended."""
+        return self._stages[directory].get("steps") == step
+
+    def evaluated(self, entry: Mapping[str, Any]) -> dict[str, str]:
+        """The evaluators that have run on a stage, and the digests of their settings."""
+        return self._stages[entry["directory"]].get("evaluated", {})
+
+    def finished(self, config: ConfigDict) -> bool:
+        wanted = {name: settings_digest(config, name) for name in config.evaluate}
+        return all(
+            self.is_done(stage) and wanted.items() <= self.evaluated(stage).items()
+            for stage in self._stages.values()
+        )
+
+    def update(self, entry: Mapping[str, Any], **values: Any) -> None:
+        self._stages[entry["directory"]].update(values)
+        if jax.process_index() == 0:
+            metrics.write_json(self._path, {"stages": list(self._stages.values())})
+
+    def add_rows(
+        self, entry: Mapping[str, Any], name: str, settings: str, rows: list[dict[str, Any]]
+    ) -> None:
+        """Adds an evaluator's rows, in place of those of other settings or of a killed run."""
+        key = {"stage": entry["name"], "seed": entry["seed"], "evaluator": name}
+        kept = [row for row in self.rows if any(row[k] != v for k, v in key.items())]
+        self.rows = kept + [{k: metrics.json_safe(v) for k, v in row.items()} for row in rows]
+        if jax.process_index() == 0:
+            metrics.write_json(self._results, self.rows)
+        self.update(entry, evaluated={**self.evaluated(entry), name: settings})
+
+
+def _secret(path: pathlib.Path) -> bytes:
+    """The workdir's own key for hashing identifiers; made once, readable by its owner alone."""
+    if jax.process_index() == 0 and not path.exists():
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.touch(mode=0o600)
+        temporary.write_text(secrets.token_hex(32))
+        temporary.rename(path)
+    return bytes.fromhex(path.read_text()) if path.exists() else b""
+
+
+def settings_digest(config: ConfigDict, name: str) -> str:
+    """Tells one evaluator's settings from others."""
+    return hashlib.sha256(config.evaluator[name].to_json_best_effort().encode()).hexdigest()[:16]
+
+
+def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Checks the config against that of the run that is being continued.
+
+    Raises:
+      UserError: a setting that results depend on has changed.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["config"]
+    old, new = tree.flatten(before), tree.flatten(json.loads(config.to_json_best_effort()))
+    changed = [
+        f"config.{name.replace('/', '.')} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not tree.matches(FREE_KEYS, name)
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with another config: {'; '.join(changed[:4])}; "
+            "use another --workdir"
+        )
+
+
+def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json: the config, and the versions and commit that run it now."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions |= {"bigmed": __version__, "python": platform.python_version()}
+    metrics.write_json(
+        workdir / "config.json",
+        {
+            "config": json.loads(config.to_json_best_effort()),
+            "versions": versions,
+            "git_commit": _git_commit(),
+        },
+    )
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code lies in, '+' for uncommitted changes."""
+    here = pathlib.Path(__file__).parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
