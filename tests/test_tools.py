@@ -36,6 +36,6 @@ def test_inspect_batch_names_a_mistake(tmp_path):
 
 
 def test_bench_data_reports_both_loops_and_their_ratio():
-    done = tool("bench_data", "--rounds=2", "--batches=2", "--batch=16", "--records=64")
+    done = tool("bench_data", "--rounds=2", "--batches=2", "--batch=16")
     assert done.returncode == 0, done.stderr
     assert "pipeline" in done.stdout and "ratio" in done.stdout

@@ -193,9 +193,11 @@ def main(argv: list[str]) -> None:
         fastest = min(seconds[name]) * 1e3
         print(f"{name:14}{value * 1e3:10.1f}{fastest:10.1f}{BATCH.value / value:10.1f}{rate}")
     if "PyTorch" in median:
+        by_median = median["PyTorch"] / median["bigmed"]
+        by_fastest = min(seconds["PyTorch"]) / min(seconds["bigmed"])
         print(
-            f"throughput against PyTorch: {median['PyTorch'] / median['bigmed']:.2f} x by the medians,"
-            f" {min(seconds['PyTorch']) / min(seconds['bigmed']):.2f} x by the fastest steps"
+            f"throughput against PyTorch: {by_median:.2f} x by the medians, "
+            f"{by_fastest:.2f} x by the fastest steps"
         )
     print(f"augmentation, not in the step: {median['augmentation'] / median['bigmed']:.1%} of it")
     peak = peak_flops(device)
