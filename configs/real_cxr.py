@@ -5,8 +5,8 @@
 DATA/cxr_nih and DATA/cxr_covid are prepared as docs/results.md says (999 and 373 images; 480 and
 128 training patients, of whom many have several images). Three seeds. Hours: 0.6 on 2 CPU cores
 shared with other work. Expected metric: linear-probe macro AUC of the five findings 0.65 untrained,
-0.73 after SimCLR and after MICLe (docs/results.md). Network, image size and number of steps are what
-two cores finish, far below the paper's; they test the method's order, not its level.
+0.73 after SimCLR and after MICLe (docs/results.md). Network, image size and number of steps are
+what two cores finish, far below the paper's; they test the method's order, not its level.
 """
 
 from configs import common
