@@ -4,6 +4,7 @@
 strength, a number of neighbours) on the validation split alone; the test split is scored once.
 """
 
+import abc
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ SPLITS = ("train", "val", "test")
 CRITERIA = ("auc_macro", "accuracy", "balanced_accuracy")
 
 
-class Probe:
+class Probe(abc.ABC):
     """Base of the evaluators on frozen features.
 
     Args:
@@ -183,10 +184,11 @@ class Probe:
         file = self._write_predictions(scores, labels["test"], checkpoint)
         yield from self._result_rows(scores, labels, checkpoint, chosen, file)
 
+    @abc.abstractmethod
     def settings(self, num_train: int) -> list[dict[str, Any]]:
         """The settings to choose from, the more cautious first (ties go to the first)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scores(
         self,
         settings: Sequence[Mapping[str, Any]],
@@ -195,7 +197,6 @@ class Probe:
         queries: np.ndarray,
     ) -> np.ndarray:
         """Scores [len(settings), M, L] of queries [M, D], learnt from x [N, D], labels [N, L]."""
-        raise NotImplementedError
 
     def _choose_and_score(
         self, x: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]
