@@ -261,8 +261,9 @@ def _evaluator(
             f"{did_you_mean(representation, predict_fns)}"
         )
     if stage.total_steps and "test" in settings:
+        test = sources.open_source(settings["test"])
         for source in stage.pipeline.sources:
-            sources.check_disjoint(source, sources.open_source(settings["test"]))
+            sources.check_disjoint(source, test)
     try:
         return evaluator_class(
             predict_fns[representation],

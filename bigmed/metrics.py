@@ -24,10 +24,10 @@ def json_safe(value: Any) -> Any:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of one."""
     path = pathlib.Path(path)
-    _replace(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+    replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace_text(path: pathlib.Path, text: str) -> None:
     """Puts `text` in the place of a file, also if the power fails in between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -60,7 +60,7 @@ class JsonlWriter:
         lines = read_jsonl(self._path)
         if resume_step is not None:
             lines = [line for line in lines if line["step"] <= resume_step]
-        _replace(self._path, "".join(map(_line, lines)))
+        replace_text(self._path, "".join(map(_line, lines)))
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

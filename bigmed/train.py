@@ -182,7 +182,6 @@ def run_stage(
       Preempted: stopped on request, after saving.
       NonFiniteError: under `on_non_finite='stop'`, or after too many batches were left out.
     """
-    stage.directory.mkdir(parents=True, exist_ok=True)
     start = int(state.step)
     with Recorder(
         stage.directory,

@@ -180,6 +180,24 @@ def set_evaluators(config: ConfigDict, folder: str, **overrides) -> None:
     )
 
 
+def set_micle_stages(config: ConfigDict, *, simclr_steps: int, further_steps: int) -> None:
+    """Untrained, SimCLR, then from its weights MICLe, and as many further steps of SimCLR."""
+    more = {
+        "init_from": init_from(stage="simclr"),
+        "optim": adamw(lr=3e-4, warmup_steps=10),  # about a third of 1e-3, as the paper (U)
+    }
+    config.stages = ("untrained", "simclr", "micle", "simclr_longer")
+    config.stage.untrained = stage(steps=0)
+    config.stage.simclr = stage(steps=simclr_steps)
+    config.stage.micle = stage(
+        steps=further_steps,
+        objective=simclr_objective("micle", temperature=config.objective.temperature),
+        data={"pairs": "case"},
+        **more,
+    )
+    config.stage.simclr_longer = stage(steps=further_steps, **more)
+
+
 def use_phantom(config: ConfigDict, num_patients: int, size: int) -> None:
     """Trains and evaluates on the embedded synthetic data set."""
     folder = "{workdir}/data/phantom"

@@ -28,20 +28,7 @@ def get_config(arg: str = ""):
         cxr_nih=common.source("{data_root}/cxr_nih", "train"),
         cxr_covid=common.source("{data_root}/cxr_covid", "train"),
     )
-    more = {
-        "init_from": common.init_from(stage="simclr"),
-        "optim": common.adamw(lr=3e-4, warmup_steps=10),  # a third, as the paper (U)
-    }
-    config.stages = ("untrained", "simclr", "micle", "simclr_longer")
-    config.stage.untrained = common.stage(steps=0)
-    config.stage.simclr = common.stage(steps=80)
-    config.stage.micle = common.stage(
-        steps=40,
-        objective=common.simclr_objective("micle", temperature=0.2),
-        data={"pairs": "case"},
-        **more,
-    )
-    config.stage.simclr_longer = common.stage(steps=40, **more)
+    common.set_micle_stages(config, simclr_steps=80, further_steps=40)
     nih, covid = "{data_root}/cxr_nih", "{data_root}/cxr_covid"
     findings = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
     aetiology = ("covid19", "bacterial_pneumonia", "fungal_pneumonia")

@@ -28,19 +28,6 @@ def get_config(arg: str = ""):
     config.checkpoint.every = 40
     folder = "{data_root}/derm_ham10000"
     common.set_data(config, derm_ham10000=common.source(folder, "train"))
-    more = {
-        "init_from": common.init_from(stage="simclr"),
-        "optim": common.adamw(lr=3e-4, warmup_steps=10),  # a third, as the paper (U)
-    }
-    config.stages = ("untrained", "simclr", "micle", "simclr_longer")
-    config.stage.untrained = common.stage(steps=0)
-    config.stage.simclr = common.stage(steps=120)
-    config.stage.micle = common.stage(
-        steps=60,
-        objective=common.simclr_objective("micle", temperature=0.2),
-        data={"pairs": "case"},
-        **more,
-    )
-    config.stage.simclr_longer = common.stage(steps=60, **more)
+    common.set_micle_stages(config, simclr_steps=120, further_steps=60)
     common.set_evaluators(config, folder)
     return common.smoke(config) if arg == "smoke" else config

@@ -1,5 +1,6 @@
 """Who and what each record is: the side-car index, or one pass over the records, then cached."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -119,10 +120,8 @@ def _cached_scan(records: Records, split: str, read_labels: LabelReader | None) 
     folder = os.environ.get("BIGMED_CACHE") or pathlib.Path("~/.cache/bigmed").expanduser()
     cached = pathlib.Path(folder) / f"index-{key[:32]}.npz"
     if cached.is_file():
-        try:
+        with contextlib.suppress(UserError):  # torn: it is made anew
             return schema.Index.load(cached)
-        except UserError:
-            pass  # torn: it is made anew
     index = _scan(records, split, read_labels)
     try:
         _save(index, cached)

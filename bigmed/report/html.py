@@ -100,9 +100,7 @@ def write_report(
         f"<body>{chr(10).join(filter(None, body))}</body></html>\n"
     )
     path = workdir / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    metrics.replace_text(path, page)
     return path
 
 
