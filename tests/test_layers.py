@@ -201,6 +201,42 @@ def test_batch_norm_is_global_over_a_mesh():
         np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_end_of_a_residual_block_equals_its_parts(dtype):
+    x, residual = (jnp.asarray(random(3, 4, 4, 6, seed=i), dtype) for i in (0, 1))
+    gain, shift, g = random(6, seed=2), random(6, seed=3), jnp.asarray(random(3, 4, 4, 6), dtype)
+
+    def parts(x, gain, shift, residual):
+        return nn.relu((x.astype(jnp.float32) * gain + shift).astype(dtype) + residual)
+
+    with jax.numpy_rank_promotion("allow"):
+        expected, expected_vjp = jax.vjp(parts, x, gain, shift, residual)
+        expected_grads = expected_vjp(g)
+    found, vjp = jax.vjp(layers.norm_add_relu, x, gain, shift, residual)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, expected)
+    # the sums over channels may be taken in another order
+    for f, e in zip(vjp(g), expected_grads, strict=True):
+        assert f.dtype == e.dtype and relative_error(f, e) < 1e-5
+
+
+def test_a_chain_of_residual_blocks_reads_each_convolution_once_on_a_cpu():
+    """Not the memory of every block before it: XLA would compute the sums anew in each user."""
+    x = jnp.ones((1, 8, 8, 16))
+    norms = [layers.BatchNorm() for _ in range(3)]
+    variables = [norm.init(jax.random.key(0), x, train=False) for norm in norms]
+
+    def chain(x, kernels):
+        for norm, v, kernel in zip(norms, variables, kernels, strict=True):
+            y = layers.conv2d(x, kernel, 1)
+            x = norm.apply(v, y, train=False, residual=x)
+        return x
+
+    kernels = [random(1, 1, 16, 16, seed=i) for i in range(3)]
+    text = jax.jit(chain).lower(x, kernels).compile().as_text()
+    assert text.count(" conditional(") == 3
+
+
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     x = jnp.asarray(random(4, 6, 6, 16), jnp.bfloat16)
     conv, norm = layers.Conv(8, 3, dtype=jnp.bfloat16), layers.BatchNorm(dtype=jnp.bfloat16)

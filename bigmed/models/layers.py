@@ -65,6 +65,42 @@ def _max_pool_backward(saved: Any, g: jax.Array) -> tuple[jax.Array]:
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+@jax.custom_vjp
+def norm_add_relu(
+    x: jax.Array, gain: jax.Array, shift: jax.Array, residual: jax.Array
+) -> jax.Array:
+    """relu(x * gain + shift + residual), the end of a residual block.
+
+    x and residual [..., C] in the block's dtype, gain and shift [C] float32; the product and the
+    shift are float32, the sum is of the block's dtype.
+    """
+    return lax.platform_dependent(
+        x,
+        gain,
+        shift,
+        residual,
+        cpu=partial(conv_cpu.once, conv_cpu.norm_add_relu),
+        default=conv_cpu.norm_add_relu,
+    )
+
+
+def _norm_add_relu_forward(*args: jax.Array) -> tuple[jax.Array, tuple]:
+    y = norm_add_relu(*args)
+    return y, (y, args[0], args[1])
+
+
+def _norm_add_relu_backward(saved: tuple, g: jax.Array) -> tuple[jax.Array, ...]:
+    y, x, gain = saved
+    g = jnp.where(y > 0, g, jnp.zeros_like(g))
+    g32 = g.astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    by_x = (g32 * conv_cpu.along_channels(gain, x)).astype(x.dtype)
+    return by_x, jnp.sum(g32 * x.astype(jnp.float32), axes), jnp.sum(g32, axes), g
+
+
+norm_add_relu.defvjp(_norm_add_relu_forward, _norm_add_relu_backward)
+
+
 def avg_pool(x: jax.Array, strides: int) -> jax.Array:
     """2x2 mean for ResNet-D's shortcut (arXiv 1812.01187), as SimCLR v2's code pads it.
 
@@ -113,8 +149,13 @@ class BatchNorm(nn.Module):
     EPSILON = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[..., C] -> [..., C]; updates the collection `batch_stats` (`mean`, `var`) if `train`."""
+    def __call__(
+        self, x: jax.Array, *, train: bool, residual: jax.Array | None = None
+    ) -> jax.Array:
+        """[..., C] -> [..., C]; updates the collection `batch_stats` (`mean`, `var`) if `train`.
+
+        With a `residual` of x's shape the result is relu(normalised x + residual).
+        """
         c = x.shape[-1]
         init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         scale = self.param("scale", init, (c,), jnp.float32)
@@ -133,5 +174,6 @@ class BatchNorm(nn.Module):
                 running_var.value = keep * running_var.value + (1 - keep) * var
         gain = scale * lax.rsqrt(var + self.EPSILON)
         shift = bias - mean * gain
-        expand = (None,) * (x.ndim - 1)
-        return (x.astype(jnp.float32) * gain[expand] + shift[expand]).astype(self.dtype)
+        if residual is not None:
+            return norm_add_relu(x.astype(self.dtype), gain, shift, residual.astype(self.dtype))
+        return conv_cpu.normalise(x, gain, shift).astype(self.dtype)

@@ -85,10 +85,9 @@ class Block(nn.Module):
         """[B, H, W, I] -> [B, H/strides, W/strides, O], O = 4 x features for a bottleneck."""
         c, strides, dtype = self.features, self.strides, self.dtype
 
-        def conv_norm(x: jax.Array, k: int, c: int, size: int, strides: int = 1) -> jax.Array:
+        def conv_norm(x: jax.Array, k: int, size: int, strides: int = 1) -> jax.Array:
             x = Conv(c, size, strides, dtype, name=f"conv{k}")(x)
-            last = k == (3 if self.bottleneck else 2)
-            return BatchNorm(zero_scale=last, dtype=dtype, name=f"norm{k}")(x, train=train)
+            return nn.relu(BatchNorm(dtype=dtype, name=f"norm{k}")(x, train=train))
 
         out = c * EXPANSION if self.bottleneck else c
         residual = x
@@ -100,16 +99,17 @@ class Block(nn.Module):
             shortcut = ConvNorm(out, 1, strides_left, relu=False, dtype=dtype, name="shortcut")
             residual = shortcut(residual, train)
         if self.bottleneck:
-            x = nn.relu(conv_norm(x, 1, c, 1))
+            x = conv_norm(x, 1, 1)
             if self.sk_ratio:
                 x = SelectiveKernel(c, strides, self.sk_ratio, dtype, name="sk")(x, train)
             else:
-                x = nn.relu(conv_norm(x, 2, c, 3, strides))
-            x = conv_norm(x, 3, out, 1)
+                x = conv_norm(x, 2, 3, strides)
         else:
-            x = nn.relu(conv_norm(x, 1, c, 3, strides))
-            x = conv_norm(x, 2, c, 3)
-        return nn.relu(x + residual)
+            x = conv_norm(x, 1, 3, strides)
+        last, size = (3, 1) if self.bottleneck else (2, 3)
+        x = Conv(out, size, 1, dtype, name=f"conv{last}")(x)
+        norm = BatchNorm(zero_scale=True, dtype=dtype, name=f"norm{last}")
+        return norm(x, train=train, residual=residual)
 
 
 class Stage(nn.Module):
