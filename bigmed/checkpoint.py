@@ -10,15 +10,16 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from bigmed import tree
+from bigmed import sharding, tree
 from bigmed.errors import UserError
 
 FORMAT = 1
@@ -53,10 +54,6 @@ def fingerprints(state: Any) -> dict[str, int]:
 
 class TornCheckpoint(Exception):
     """A checkpoint that was committed but does not read back as it was written."""
-
-
-def torn_line(step: int, directory: pathlib.Path, torn: TornCheckpoint) -> str:
-    return f"checkpoint {step} in {directory} is torn ({torn}); trying the one before"
 
 
 class Checkpointer:
@@ -127,47 +124,85 @@ class Checkpointer:
             are checkpoints and all of them are torn.
         """
         steps = self.steps()
-        for step in reversed(steps):
-            try:
-                return self._restore(step, abstract)
-            except TornCheckpoint as torn:
-                print(torn_line(step, self.directory, torn))
-                if jax.process_index() == 0:
-                    _set_aside(self.directory / str(step))
-                self._manager.reload()
-        if steps:
+        found = _newest_whole(self.directory, steps, lambda step: self._restore(step, abstract))
+        if found is None and steps:
             raise UserError(
                 f"every checkpoint in {self.directory} is torn (set aside as *{TORN_SUFFIX}); "
                 "delete the stage's folder to start it again"
             )
-        return None
+        self._manager.reload()
+        return found
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        meta = read_meta(self.directory, step)
-        check_leaves(meta, abstract, self.directory / str(step))
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )
+        path = self.directory / str(step)
+        meta = on_every_host(lambda: read_meta(path))
+        check_leaves(meta, abstract, path)
+
+        def read() -> Any:
+            # The handler alone: orbax's checkpointers wait for hosts that may have failed.
+            handler = ocp.StandardCheckpointHandler()
+            restored = handler.restore(path / "state", args=ocp.args.StandardRestore(abstract))
             # Copied into buffers of XLA's own, for the first step to donate.
-            state = jax.tree.map(jnp.copy, restored["state"])
-        except Exception as error:  # whatever the storage layer makes of a damaged file
-            raise TornCheckpoint(_first_line(error)) from error
+            return jax.tree.map(jnp.copy, restored)
+
+        state = on_every_host(lambda: _or_torn(read))
         verify(state, meta)
         return state, meta
 
 
-def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
-    """The meta item of a checkpoint.
+def _newest_whole(
+    directory: pathlib.Path, steps: Sequence[int], read: Callable[[int], Any]
+) -> Any:
+    """`read(step)` of the newest step that is not torn, or None; torn ones are set aside."""
+    for step in sorted(_of_main_process(steps), reverse=True):
+        try:
+            return read(step)
+        except TornCheckpoint as torn:
+            print(f"checkpoint {step} in {directory} is torn ({torn}); trying the one before")
+            if jax.process_index() == 0:
+                _set_aside(directory / str(step))
+    return None
+
+
+def on_every_host(read: Callable[[], Any]) -> Any:
+    """read(), or `TornCheckpoint` on all hosts if it is raised on any.
+
+    A host that falls back alone would train from another step than the others.
+    """
+    torn, result = None, None
+    try:
+        result = read()
+    except TornCheckpoint as error:
+        torn = error
+    if not sharding.everywhere(torn is None):
+        raise torn or TornCheckpoint("another process cannot read it")
+    return result
+
+
+def _of_main_process(numbers: Sequence[int]) -> list[int]:
+    """Process 0's numbers on every host, whose views of a shared file system may differ."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers))))
+    sent = np.resize(np.array(numbers, np.int64), count)
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent)).tolist()
+
+
+def _or_torn(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # whatever the storage layer makes of a damaged file
+        raise TornCheckpoint(_first_line(error)) from error
+
+
+def read_meta(path: pathlib.Path) -> dict[str, Any]:
+    """The meta item of the checkpoint in the folder `path`.
 
     Raises:
       TornCheckpoint: it does not read.
     """
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(pathlib.Path(directory).absolute() / str(step) / "meta")
-    except Exception as error:
-        raise TornCheckpoint(_first_line(error)) from error
+    handler = ocp.JsonCheckpointHandler()
+    return _or_torn(lambda: handler.restore(path / "meta", args=ocp.args.JsonRestore()))
 
 
 def check_leaves(meta: Mapping[str, Any], abstract: Any, where: Any) -> None:
@@ -207,33 +242,26 @@ def load_flat(
       UserError: no checkpoint there, or none that reads back whole.
     """
     directory = pathlib.Path(directory).absolute()
-    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
-    for step in steps:
-        try:
-            meta = read_meta(directory, step)
-            flat = _load_as_numpy(directory / str(step) / "state")
-            for name, value in fingerprints(flat).items():
-                if meta["fingerprints"][name] != value:
-                    raise TornCheckpoint(f"'{name}' does not read back as it was written")
-        except TornCheckpoint as torn:
-            print(torn_line(step, directory, torn))
-            if jax.process_index() == 0:
-                _set_aside(directory / str(step))
-            continue
-        return {name: leaf for name, leaf in flat.items() if tree.matches(patterns, name)}, meta
-    raise UserError(f"no {'whole ' if steps else ''}checkpoint in {directory}")
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+
+    def read(step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        meta = read_meta(directory / str(step))
+        flat = _or_torn(lambda: _load_as_numpy(directory / str(step) / "state"))
+        verify(flat, meta)
+        return flat, meta
+
+    found = _newest_whole(directory, steps, lambda step: on_every_host(lambda: read(step)))
+    if found is None:
+        raise UserError(f"no {'whole ' if steps else ''}checkpoint in {directory}")
+    flat, meta = found
+    return {name: leaf for name, leaf in flat.items() if tree.matches(patterns, name)}, meta
 
 
 def _load_as_numpy(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            described = reader.metadata(path).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
-            return tree.flatten(
-                reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-            )
-    except Exception as error:
-        raise TornCheckpoint(_first_line(error)) from error
+    handler = ocp.PyTreeCheckpointHandler()
+    described = handler.metadata(path).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
+    return tree.flatten(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)))
 
 
 def _set_aside(path: pathlib.Path) -> None:

@@ -55,11 +55,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
         }
         if main_process:
             write_config(config, workdir)
+        stop = train.preemption_watch(stop)
         for entry in plan:
-            stage, evaluators = ready.pop(entry["directory"], None) or _make_ready(
-                entry, config, mesh, workdir, record
-            )
-            if not record.is_done(entry) or evaluators:
+            if _left_to_do(entry, config, record):
+                made = ready.pop(entry["directory"], None)
+                stage, evaluators = made or _make_ready(entry, config, mesh, workdir, record)
                 _run_entry(entry, stage, evaluators, config, workdir, record, stop)
     if main_process:
         html.write_report(workdir)
@@ -166,14 +166,20 @@ def _make_ready(
         raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
-    missing = [
-        name
-        for name in config.evaluate
-        if record.evaluated(entry).get(name) != settings_digest(config, name)
-    ]
     return stage, {
-        name: _evaluator(name, config, stage, workdir, record.hash_key) for name in missing
+        name: _evaluator(name, config, stage, workdir, record.hash_key)
+        for name in _not_evaluated(entry, config, record)
     }
+
+
+def _not_evaluated(entry: Mapping[str, Any], config: ConfigDict, record: Record) -> list[str]:
+    """The evaluators that have not run on a stage, or ran with other settings."""
+    done = record.evaluated(entry)
+    return [name for name in config.evaluate if done.get(name) != settings_digest(config, name)]
+
+
+def _left_to_do(entry: Mapping[str, Any], config: ConfigDict, record: Record) -> bool:
+    return not record.is_done(entry) or bool(_not_evaluated(entry, config, record))
 
 
 def _run_entry(
@@ -199,10 +205,10 @@ def _run_entry(
         int(state.step),
         stage.total_steps,
     )
-    state = train.run_stage(stage, state, train.preemption_watch(stop))
+    state = train.run_stage(stage, state, stop)
     record.update(entry, state="done", steps=int(state.step))
     for name, evaluator in evaluators.items():
-        if jax.process_count() == 1 and stop():
+        if stop():
             raise Preempted(f"{stage.label}: stopped on request before '{name}'; it is trained")
         rows = evaluator.run(state, checkpoint=f"{stage.label}/{int(state.step)}")
         common = {"stage": entry["name"], "evaluator": name, "seed": entry["seed"]}

@@ -21,7 +21,7 @@ ROLES = ("adapted", "plain")
 # SimCLR keeps weight decay and adaptation away from biases, normalisation and the supervised head.
 DEFAULT_RULES = (
     (r"(?!probe/).*/kernel", "adapted"),
-    (r"(?!probe/).*/(bias|scale|cls|pos_embedding|gamma)", "plain"),
+    (r"(?!probe/).*/(bias|scale|cls|distillation|registers|pos_embedding|gamma)", "plain"),
     (r"probe/.*", "plain"),
 )
 LR_SCALING = {
@@ -149,6 +149,11 @@ def make_optimizer(
     group_of = {"adapted": "trained", "plain": "trained", "frozen": "frozen"}
     labels = tree.map_with_name(lambda _, role: group_of[role], role_tree)
     return optax.partition(groups, labels), schedule
+
+
+def updates_done(opt_state: Any) -> Any:
+    """The count that the schedule goes by: updates made, without the batches that were left out."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def lamb(schedule: Any, adapted: Any, decay: float, *, b1: float, b2: float) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bigmed import tree
@@ -63,6 +64,34 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
             f"config.data.batch_size={batch_size} does not divide over the mesh "
             f"({', '.join(f'{a}={mesh.shape[a]}' for a in AXES)}); use a multiple of {shards}"
         )
+
+
+def host_block(mesh: Mesh) -> tuple[int, int]:
+    """Which rows of a batch this process makes: block `index` of `count` equal blocks in order.
+
+    Usually one block a process. Processes that hold the same rows, because the tensor axis spans
+    them, make the same block.
+
+    Raises:
+      UserError: the rows of this process do not lie together.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    here = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    rows = sorted({row for (index,) in here for row in range(shards)[index]})
+    index, rest = divmod(rows[0], len(rows))
+    if rest or shards % len(rows) or rows != list(range(rows[0], rows[0] + len(rows))):
+        raise UserError(
+            f"config.mesh: process {jax.process_index()} would hold rows {rows} of {shards}, which "
+            "is no block; let the devices of a process be a multiple of mesh.tensor, or divide it"
+        )
+    return index, shards // len(rows)
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it holds on every process, so that all take the same way."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

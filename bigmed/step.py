@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigmed import sharding, tree
+from bigmed import optim, sharding, tree
 from bigmed.state import TrainState, shardings, stream
 
 
@@ -56,7 +56,7 @@ def make_train_step(
             **aux["metrics"],
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(state.params),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": jnp.asarray(schedule(optim.updates_done(state.opt_state)), jnp.float32),
         }
         return new, {"metrics": metrics, "step": new.step}
 

@@ -7,6 +7,7 @@ and metrics.jsonl is on disk before the checkpoint that it belongs to.
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -69,12 +70,13 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
         if config[section][key] < 1:
             raise UserError(f"config.{section}.{key}={config[section][key]}: valid: 1 and more")
     objective_class = resolve(config.objective.name, "bigmed.objectives", "Objective")
+    block, num_blocks = sharding.host_block(mesh)
     pipeline = Pipeline(
         config.data,
         seed=config.seed,
         batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        block=block,
+        num_blocks=num_blocks,
     )
     spec = pipeline.batch_spec()
     if spec["image"].shape[1] != objective_class.IMAGES_PER_EXAMPLE:
@@ -166,14 +168,14 @@ def fresh(stage: Stage, weights: Mapping[str, np.ndarray], load: Any, skip: Any)
 
 
 def run_stage(
-    stage: Stage, state: TrainState, stop_requested: Callable[[int], bool]
+    stage: Stage, state: TrainState, stop_requested: Callable[[], bool]
 ) -> TrainState:
     """Trains from `state` to the stage's last step.
 
     Args:
       stage: from `build_stage`.
       state: restored or fresh; its buffers are used up.
-      stop_requested: asked after every step with the step's number; True saves and stops.
+      stop_requested: from `preemption_watch`, asked after every step; True saves and stops.
 
     Returns:
       The final state, which is also the newest checkpoint.
@@ -218,7 +220,7 @@ def _loop(
     state: TrainState,
     train_step: Any,
     recorder: Recorder,
-    stop_requested: Callable[[int], bool],
+    stop_requested: Callable[[], bool],
 ) -> TrainState:
     config, start = stage.config, int(state.step)
     in_flight: collections.deque = collections.deque()
@@ -235,7 +237,7 @@ def _loop(
         in_flight.append((step + 1, outcome))
         if len(in_flight) > IN_FLIGHT:
             look_at_oldest()
-        done, stopping = step + 1, stop_requested(step + 1)
+        done, stopping = step + 1, stop_requested()
         if stopping or done % config.checkpoint.every == 0 or done == stage.total_steps:
             while in_flight:
                 look_at_oldest()
@@ -318,8 +320,13 @@ def _identity(stage: Stage) -> dict[str, Any]:
     }
 
 
-def preemption_watch(requested: Callable[[], bool]) -> Callable[[int], bool]:
-    """`stop_requested` for `run_stage`: a local flag, or what all hosts agree on."""
+def preemption_watch(requested: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether to save and stop: a local flag, or what all hosts agree on.
+
+    One watch serves a whole run, for the hosts agree on the number of the question at which they
+    stop; all must ask equally often.
+    """
     if jax.process_count() == 1:
-        return lambda step: requested()
-    return multihost_utils.reached_preemption_sync_point
+        return requested
+    questions = itertools.count()
+    return lambda: multihost_utils.reached_preemption_sync_point(next(questions))

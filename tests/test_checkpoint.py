@@ -1,6 +1,10 @@
 """Checkpoints: exact, on another mesh, torn ones noticed, other models refused."""
 
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +97,9 @@ def data_files(directory: pathlib.Path):
     return sorted(found, key=lambda p: p.stat().st_size)
 
 
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
 def damage_truncate(path):
     biggest = data_files(path / "state")[-1]
     biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
@@ -173,3 +180,54 @@ def test_fingerprint_sees_bits_and_places_but_not_sharding():
     mesh = sharding.make_mesh({"data": -1})
     spread = jax.device_put(a, NamedSharding(mesh, PartitionSpec("data")))
     assert checkpoint.fingerprints({"a": spread})["a"] == prints[0]
+
+
+TWO_HOSTS = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import pathlib
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from bigmed import checkpoint, sharding
+mesh = sharding.make_mesh({"data": 1, "fsdp": 2})
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+state = {"w": jax.jit(lambda: jnp.arange(1 << 16, dtype=jnp.float32) ** 1.5, out_shardings=rows)()}
+folder = pathlib.Path(sys.argv[3])
+saver = checkpoint.Checkpointer(folder)
+for step in (1, 2):
+    saver.save(step, state, {})
+    saver.wait()
+saver.close()
+multihost_utils.sync_global_devices("saved")
+if jax.process_index() == 1:
+    own = folder / "2" / "state" / "ocdbt.process_1" / "d"
+    assert list(own.iterdir())
+    for path in own.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+multihost_utils.sync_global_devices("torn")
+state, meta = checkpoint.Checkpointer(folder).restore_latest(
+    {"w": jax.ShapeDtypeStruct((1 << 16,), jnp.float32, sharding=rows)}
+)
+print("restored", meta["step"])
+"""
+
+
+def test_a_checkpoint_torn_for_one_host_is_torn_for_all(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_HOSTS, address, str(i), str(tmp_path)],
+            cwd=REPO, env={**os.environ, "XLA_FLAGS": ""}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for i, process in enumerate(processes):
+        out, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+        assert "checkpoint 2" in out and out.splitlines()[-1] == "restored 1"
+        assert ("another process cannot read it" in out) == (i == 0)

@@ -57,9 +57,9 @@ class MemorySource:
         return [f"image-{self.name}-{i}" for i in ids]
 
 
-def memory_batches(source, *, canvas, channels, batch_size, process_index, process_count):
+def memory_batches(source, *, canvas, channels, batch_size, block, num_blocks):
     """`evaluation_batches` of a `MemorySource`; the last one is padded."""
-    assert (canvas, channels) == (4, 1) and (process_index, process_count) == (0, 1)
+    assert (canvas, channels) == (4, 1) and (block, num_blocks) == (0, 1)
     source.passes = getattr(source, "passes", 0) + 1
     for start in range(0, len(source), batch_size):
         record = np.arange(start, start + batch_size, dtype=np.int32)
@@ -621,10 +621,10 @@ jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank
 from bigmed import sharding
 from bigmed.evaluators import features, knn, linear
 
-def batches(source, *, batch_size, process_index, process_count, **form):
-    half = batch_size // process_count
+def batches(source, *, batch_size, block, num_blocks, **form):
+    half = batch_size // num_blocks
     for start in range(0, 23, batch_size):
-        record = start + half * process_index + np.arange(half, dtype=np.int32)
+        record = start + half * block + np.arange(half, dtype=np.int32)
         mask = record < 23
         yield {"image": source.images[np.minimum(record, 22)], "mask": mask, "record": record}
 

@@ -19,6 +19,7 @@ LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Down within one layer.
 INSIDE = {
     "curriculum": ("train",),
+    "checkpoint": ("sharding",),
     "step": ("state",),
     "recorder": ("state",),
     "tree": ("errors",),

@@ -217,7 +217,7 @@ def test_two_hosts_together_make_the_batch_of_one(toy, mixed):
         config["sources"] = ("a", "b")
     one = Pipeline(config, seed=2, batch_size=6)
     hosts = [
-        Pipeline(config, seed=2, batch_size=6, process_index=p, process_count=2) for p in (0, 1)
+        Pipeline(config, seed=2, batch_size=6, block=p, num_blocks=2) for p in (0, 1)
     ]
     assert {one.fingerprint} == {host.fingerprint for host in hosts}
     for step in (0, 3, 8):
@@ -329,7 +329,7 @@ def test_descriptions_hold_no_patient_ids(toy):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"batch_size": 7, "process_count": 2}, "batch_size=7 does not divide over 2 hosts"),
+        ({"batch_size": 7, "num_blocks": 2}, "batch_size=7 does not divide over 2 hosts"),
         ({"batch_size": 25}, "a batch of 25 takes 25 images of 'toy/train', which has 24"),
         ({"batch_size": 9, "pairs": "case"}, "takes 9 cases of 'toy/train', which has 8"),
         ({"pairs": "patient"}, "data.pairs='patient'; valid: None, 'case'"),
@@ -342,7 +342,7 @@ def test_descriptions_hold_no_patient_ids(toy):
 )
 def test_mistakes_are_named_before_a_batch_is_made(toy, overrides, message):
     named = {"batch_size": 8} | {
-        key: overrides.pop(key) for key in ("batch_size", "process_count") if key in overrides
+        key: overrides.pop(key) for key in ("batch_size", "num_blocks") if key in overrides
     }
     with pytest.raises(UserError, match=message):
         Pipeline(_toy_config(toy, **overrides), seed=0, **named)
@@ -410,8 +410,8 @@ def test_closing_ends_the_threads_and_processes_that_fetch_ahead(toy, workers):
 # ---------------------------------------- evaluation batches
 
 
-@pytest.mark.parametrize("process_count", [1, 2])
-def test_evaluation_visits_every_record_once_in_order_and_pads(toy, process_count):
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_evaluation_visits_every_record_once_in_order_and_pads(toy, num_blocks):
     source = open_source(_toy_source(toy))
     hosts = [
         list(
@@ -420,11 +420,11 @@ def test_evaluation_visits_every_record_once_in_order_and_pads(toy, process_coun
                 canvas=16,
                 channels=1,
                 batch_size=10,
-                process_index=p,
-                process_count=process_count,
+                block=p,
+                num_blocks=num_blocks,
             )
         )
-        for p in range(process_count)
+        for p in range(num_blocks)
     ]
     assert {len(batches) for batches in hosts} == {3}
     for number, parts in enumerate(zip(*hosts, strict=True)):
@@ -448,7 +448,7 @@ def test_evaluation_visits_every_record_once_in_order_and_pads(toy, process_coun
 def test_evaluation_batches_must_divide_over_the_hosts(toy):
     source = open_source(_toy_source(toy))
     with pytest.raises(UserError, match="does not divide over 2 hosts"):
-        evaluation_batches(source, canvas=16, channels=1, batch_size=3, process_count=2)
+        evaluation_batches(source, canvas=16, channels=1, batch_size=3, num_blocks=2)
 
 
 # ---------------------------------------- real images

@@ -51,3 +51,27 @@ def test_a_tree_and_its_momentum_are_placed_alike():
     where = sharding.tree_shardings({"params": params, "mu": params}, mesh(2, 2, 2), RULES)
     assert jax.tree.leaves(where["params"]) == jax.tree.leaves(where["mu"])
     assert where["params"]["conv"].spec == PartitionSpec(None, "fsdp")
+
+
+def test_the_block_of_rows_that_a_process_makes(monkeypatch):
+    assert sharding.host_block(mesh(4, 2, 1)) == (0, 1)
+    shape = mesh(2, 2, 2)
+
+    def block(devices):
+        """Of a process that has only these of the eight devices."""
+        indices = sharding.batch_sharding(shape).devices_indices_map((4,))
+        mine = {d: i for d, i in indices.items() if d.id in devices}
+        monkeypatch.setattr(
+            sharding, "batch_sharding",
+            lambda _: type("Stub", (), {"addressable_devices_indices_map": lambda *_: mine})(),
+        )  # fmt: skip
+        try:
+            return sharding.host_block(shape)
+        finally:
+            monkeypatch.undo()
+
+    assert block({0, 1, 2, 3}) == (0, 2) and block({4, 5, 6, 7}) == (1, 2)
+    assert block({4, 5}) == (2, 4)
+    assert block({4}) == (2, 4)  # the tensor axis spans processes: both make the same rows
+    with pytest.raises(UserError, match=r"rows \[0, 3\] of 4"):
+        block({0, 6})

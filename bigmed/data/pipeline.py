@@ -41,8 +41,8 @@ class Pipeline:
         *,
         seed: int,
         batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        block: int = 0,
+        num_blocks: int = 1,
     ):
         """Opens the sources and plans the batches.
 
@@ -55,16 +55,16 @@ class Pipeline:
             no interpreter lock; `threads`, None for all cores; `prefetch`, batches made ahead.
           seed: of the order of the data.
           batch_size: global, in units.
-          process_index: this host; it makes the rows process_index * batch_size / process_count
-            and on, the block that `jax.make_array_from_process_local_data` wants.
-          process_count: number of hosts.
+          block: which block of the rows this host makes, of `num_blocks` equal ones in order; what
+            `jax.make_array_from_process_local_data` wants (`sharding.host_block`).
+          num_blocks: usually the number of hosts.
 
         Raises:
           UserError: a value that cannot work, or more units in a batch than there are.
         """
         self._config = config
         self._batch_size = batch_size
-        rows = _host_rows(batch_size, process_index, process_count)
+        rows = _host_rows(batch_size, block, num_blocks)
         pairs = config.get("pairs")
         if pairs not in (None, "case"):
             raise UserError(f"data.pairs={pairs!r}; valid: None, 'case'")
@@ -150,12 +150,12 @@ def evaluation_batches(
     canvas: int,
     channels: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    block: int = 0,
+    num_blocks: int = 1,
 ) -> Iterator[Batch]:
     """All records of a source once, in order, in batches of equal size; the last one is padded.
 
-    Every host yields the same number of batches; host p makes the p-th block of rows of each.
+    Every host yields the same number of batches; a host makes its block of the rows of each.
 
     Returns:
       Batches as `Pipeline.host_batch` gives them with K = 1, and mask bool [B], False in padding
@@ -164,7 +164,7 @@ def evaluation_batches(
     Raises:
       UserError: as the pipeline.
     """
-    rows = _host_rows(batch_size, process_index, process_count)
+    rows = _host_rows(batch_size, block, num_blocks)
     _check_canvas(canvas, channels)
     decoder = BatchDecoder([source.records], canvas, channels, source.bits, available_cores())
     patients = [source.patients]
@@ -250,15 +250,15 @@ def _fetch_ahead(batches: grain.MapDataset, workers: int, prefetch: int) -> Iter
         yield from iterator
 
 
-def _host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+def _host_rows(batch_size: int, block: int, num_blocks: int) -> slice:
     """The rows of the global batch that a host makes: contiguous blocks in order of the hosts."""
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1 or batch_size % num_blocks:
         raise UserError(
-            f"batch_size={batch_size} does not divide over {process_count} hosts; "
-            f"valid: multiples of {process_count}"
+            f"batch_size={batch_size} does not divide over {num_blocks} hosts; "
+            f"valid: multiples of {num_blocks}"
         )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
+    size = batch_size // num_blocks
+    return slice(block * size, (block + 1) * size)
 
 
 def _check_canvas(canvas: int, channels: int) -> None:

@@ -76,16 +76,17 @@ def extract(
         name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
         path = pathlib.Path(cache_dir) / f"{name}.npz"
         kept = _load(path, len(source))
-        if _everywhere(kept is not None):
+        if sharding.everywhere(kept is not None):
             return kept
     batch_size = _round_up(batch_size, mesh)
+    block, num_blocks = sharding.host_block(mesh)
     batches = evaluation_batches(
         source,
         canvas=canvas,
         channels=channels,
         batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        block=block,
+        num_blocks=num_blocks,
     )
     num_batches = math.ceil(len(source) / batch_size)
     features = _compute(predict_fn, state, source, mesh, batches, num_batches)
@@ -151,13 +152,6 @@ def _on_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
-
-
-def _everywhere(here: bool) -> bool:
-    """Whether it holds on every process, so that all take the same way."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def _load(path: pathlib.Path, num_records: int) -> np.ndarray | None:
