@@ -35,7 +35,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.9"],
         "tpu": ["jax[tpu]>=0.9"],
-        "tf": ["tensorflow>=2.16"],
+        "tf": ["importlib_resources>=6", "tensorflow>=2.16"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scikit-learn>=1.5"],
         "bench": ["torch>=2.4"],
     },

@@ -1,5 +1,6 @@
 """Opening data sets: TFDS directories of any origin, side-cars, caches, leaks, broken files."""
 
+import io
 import os
 import pathlib
 import pickle
@@ -9,6 +10,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from tfds_writer import TOY_FIELDS, tagged_image, write_tfds, write_toy
 
 from bigmed.data import indexing, records, schema, sources
@@ -292,6 +294,32 @@ def test_catalogue_names_need_tensorflow_and_are_prepared_as_array_record(toy, m
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match="catalogue has no 'mnits'; did you mean 'mnist'"):
         open_source({**config, "name": "mnits"})
+
+
+def test_a_real_catalogue_name_is_prepared_from_files_placed_by_hand(tmp_path):
+    """CheXpert of the catalogue, in its published layout; needs the extra `tf`."""
+    pytest.importorskip("tensorflow", reason="the TFDS catalogue needs pip install -e '.[tf]'")
+    config = {"name": "chexpert", "dir": str(tmp_path), "split": "train"}
+    with pytest.raises(UserError, match="'chexpert' of the TFDS catalogue cannot be prepared: "):
+        open_source(config)
+    placed = tmp_path / "downloads" / "manual"
+    findings = [f"finding {i}" for i in range(14)]
+    for split, patients in (("train", 3), ("valid", 1)):
+        rows = []
+        for patient in range(patients):
+            name = f"CheXpert-v1.0-small/{split}/patient{patient:05d}/study1/view1_frontal.jpg"
+            (placed / name).parent.mkdir(parents=True)
+            Image.fromarray(np.full((20, 24), 40 * patient, np.uint8)).save(placed / name)
+            states = ["1.0", "", "-1.0", "0.0", "1.0", "", "-1.0"] * 2
+            rows.append([name, "Male", "50", "Frontal", "AP", *states])
+        header = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *findings]
+        table = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
+        (placed / "CheXpert-v1.0-small" / f"{split}.csv").write_text(table)
+    source = open_source(config)
+    assert len(source) == 3 and source.bits == 8 and not source.has_patients
+    sizes = [Image.open(io.BytesIO(encoded)).size for encoded in source.read(range(3))]
+    assert sizes == [(24, 20)] * 3
+    assert list(tmp_path.rglob("*.array_record*"))
 
 
 def test_a_corrupt_record_is_named_by_number_and_spares_the_others(toy, tmp_path):

@@ -214,7 +214,11 @@ def _prepare_from_catalogue(name: str, data_dir: str | None) -> pathlib.Path:
         known = tfds.list_builders(with_community_datasets=False)
         guess = did_you_mean(name, known).split("valid:")[0]
         raise UserError(f"the TFDS catalogue has no '{name}'; {guess}see its web page") from None
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # a data set's own code: no network, no files placed by hand, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"'{name}' of the TFDS catalogue cannot be prepared: {reason}") from error
     return pathlib.Path(builder.data_path)
 
 
