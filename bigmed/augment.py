@@ -46,6 +46,13 @@ _CHOICES = {
     "antialias": (True, False),
     "brightness": ("multiply", "add"),
     "blur_sigma_per": ("batch", "image"),
+    "normalize": ("none", "imagenet", "half"),
+}
+# Mean and deviation of each channel, subtracted and divided by at the end. Grey images get
+# ImageNet's means over the channels.
+_MOMENTS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 _WHOLE = ("size", "cutout_holes")
 _PAIRS = ("crop_area", "crop_aspect", "blur_sigma")
@@ -87,6 +94,9 @@ class AugmentConfig:
     cutout_size: float = 0.25  # side of a hole, of the output's
     cutout_holes: int = 1
     eval_crop: float = 0.875  # of the shorter side; 1 keeps all of it
+    # SimCLR's networks take pixels in [0, 1]; others' weights: 'imagenet' mean and deviation, or
+    # 'half' (to [-1, 1])
+    normalize: str = "none"
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -160,7 +170,7 @@ def augment(
       first_index: global index of the first example, where the batch is a part of a larger one.
 
     Returns:
-      float32 [B, S, S, C] in [0, 1], S = config.size.
+      float32 [B, S, S, C] in [0, 1] (then normalised), S = config.size.
 
     Raises:
       ValueError: shapes that do not fit together.
@@ -170,19 +180,20 @@ def augment(
     indices = first_index + jnp.arange(len(images))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(example_key, indices)
     view = functools.partial(_view, config, jax.random.uniform(batch_key))
-    return jax.vmap(view)(keys, images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
+    views = jax.vmap(view)(keys, images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
+    return normalize(config, views)
 
 
 def eval_transform(config: AugmentConfig, images: jax.Array, boxes: jax.Array) -> jax.Array:
     """SimCLR's evaluation: the central square of `eval_crop`, resized bicubically.
 
     Args:
-      config: its `size`, `eval_crop` and `antialias` are used.
+      config: its `size`, `eval_crop`, `antialias` and `normalize` are used.
       images: as in `augment`.
       boxes: as in `augment`.
 
     Returns:
-      float32 [B, S, S, C] in [0, 1].
+      float32 [B, S, S, C] in [0, 1] (then normalised).
     """
     _check_shapes(images, boxes)
 
@@ -190,7 +201,19 @@ def eval_transform(config: AugmentConfig, images: jax.Array, boxes: jax.Array) -
         crop = image_ops.central_crop(box, config.eval_crop)
         return jnp.clip(_resize(config, image_ops.to_float(image), crop, False), 0.0, 1.0)
 
-    return jax.vmap(one)(images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
+    views = jax.vmap(one)(images, _at_least_a_pixel(boxes)).swapaxes(2, 3)
+    return normalize(config, views)
+
+
+def normalize(config: AugmentConfig, images: jax.Array) -> jax.Array:
+    """[..., C] in [0, 1] -> what `config.normalize` makes of it."""
+    if config.normalize == "none":
+        return images
+    mean, deviation = (jnp.asarray(m, images.dtype) for m in _MOMENTS[config.normalize])
+    if images.shape[-1] == 1:
+        mean, deviation = jnp.mean(mean, keepdims=True), jnp.mean(deviation, keepdims=True)
+    expand = (None,) * (images.ndim - 1)
+    return (images - mean[expand]) / deviation[expand]
 
 
 def _view(

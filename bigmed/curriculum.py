@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bigmed import checkpoint, sharding, train, tree
+from bigmed.convert import weights as foreign
 from bigmed.data import phantom, sources
 from bigmed.errors import Preempted, UserError, did_you_mean
 from bigmed.record import Record, check_config, settings_digest, write_config
@@ -157,15 +158,23 @@ def _make_ready(
             f"config.stage.{entry['name']}.init_from.stage='{source.stage}' is no earlier stage; "
             f"{did_you_mean(source.stage, earlier)}"
         )
-    if source.load and not (source.stage or source.checkpoints):
+    given = [key for key in ("stage", "checkpoints", "weights") if source[key]]
+    if len(given) > 1 or (source.load and not given):
         raise UserError(
-            f"config.stage.{entry['name']}.init_from.checkpoints is empty; give the checkpoints "
-            "folder of a stage of another run (or init_from.stage, an earlier stage of this one)"
+            f"config.stage.{entry['name']}.init_from has {' and '.join(given) or 'no source'}; "
+            "give one of stage (an earlier one), checkpoints (of a stage of another run) and "
+            "weights (a folder of tools/import_weights.py, or a foreign file and its naming)"
         )
+    if source.weights and not pathlib.Path(source.weights).exists():
+        raise UserError(f"init_from.weights: no file or folder {source.weights}")
     if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
         raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
+    if (source.weights or source.checkpoints) and not stage.checkpoints.is_dir():
+        weights, load, skip, _ = _handed_over(stage, record, workdir)
+        abstract = {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
+        tree.merge(abstract, weights, load, skip)  # refuses what does not fit, before anything runs
     return stage, {
         name: _evaluator(name, config, stage, workdir, record.hash_key)
         for name in _not_evaluated(entry, config, record)
@@ -196,7 +205,8 @@ def _run_entry(
     if state is None:
         weights, load, skip, lineage = _handed_over(stage, record, workdir)
         state = train.fresh(stage, weights, load, skip)
-        record.update(entry, state="running", init_from=lineage)
+        described = _describe_encoder(stage.config)
+        record.update(entry, state="running", init_from=lineage, encoder=described)
     log.info(
         "%s: %s parameters, %s, steps %d to %d",
         stage.label,
@@ -217,6 +227,19 @@ def _run_entry(
         log.info("%s: evaluated with %s", stage.label, name)
 
 
+def _describe_encoder(config: ConfigDict) -> dict[str, Any]:
+    """What a stage's weights are worth nothing without; for those who export them."""
+    return {
+        "model": config.model.to_dict(),
+        "size": config.augment.size,
+        "channels": config.data.channels,
+        "normalize": config.augment.normalize or "none",
+        "objective": config.objective.name,
+        "batch_size": config.data.batch_size,
+        "sources": sorted(config.data.sources),
+    }
+
+
 def _handed_over(
     stage: train.Stage, record: Record, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any] | None]:
@@ -225,32 +248,65 @@ def _handed_over(
     Without patterns, what the objective calls worth carrying is taken.
     """
     source = stage.config.init_from
-    if not (source.stage or source.checkpoints):
-        return {}, (), (), None
-    if source.checkpoints:
+    if source.weights:
+        weights, origin = _foreign(stage), pathlib.Path(source.weights).name
+        carried = ("(params|batch_stats)/backbone/.*",)
+    elif source.checkpoints or source.stage:
         folder = pathlib.Path(source.checkpoints)
+        if source.stage:
+            folder = workdir / record.directory_of(source.stage, stage.config.seed) / "checkpoints"
+        weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
+        if source.stage and not record.reached(folder.parent.name, meta["step"]):
+            raise UserError(
+                f"the last checkpoint of {folder.parent.name} is torn and has been set aside; "
+                "run the same command again to train its end anew"
+            )
+        origin, carried = f"{folder.parent.name}/{meta['step']}", stage.objective.TRANSFER
     else:
-        folder = workdir / record.directory_of(source.stage, stage.config.seed) / "checkpoints"
-    weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
-    if source.stage and not record.reached(folder.parent.name, meta["step"]):
-        raise UserError(
-            f"the last checkpoint of {folder.parent.name} is torn and has been set aside; "
-            "run the same command again to train its end anew"
-        )
+        return {}, (), (), None
     here = tree.flatten(
         {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
     )
     load = tuple(source.load) or tuple(
-        pattern
-        for pattern in stage.objective.TRANSFER
-        if any(tree.matches((pattern,), name) for name in here)
+        pattern for pattern in carried if any(tree.matches((pattern,), name) for name in here)
     )
-    lineage = {
-        "checkpoint": f"{folder.parent.name}/{meta['step']}",
-        "load": list(load),
-        "skip": list(source.skip),
-    }
+    lineage = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
     return weights, load, tuple(source.skip), lineage
+
+
+def _foreign(stage: train.Stage) -> dict[str, Any]:
+    """`init_from.weights` as leaves of this stage's backbone.
+
+    Raises:
+      UserError: see `convert.weights`; the weights are of another model, image size or channels.
+    """
+    source, config = stage.config.init_from, stage.config
+    form = {"size": config.augment.size, "channels": config.data.channels}
+    path = pathlib.Path(source.weights)
+    if source.naming:
+        found = foreign.import_weights(path, source.naming, config.model, **form)
+        if found.left_over:
+            log.info("%s: left over: %s", path.name, ", ".join(found.left_over))
+    else:
+        found = foreign.load(path)
+        foreign.check_same_model(found.model, stage.objective.backbone, path)
+        for key, value in form.items():
+            if getattr(found, key) != value:
+                raise UserError(
+                    f"{path} was imported with {key}={getattr(found, key)} and this stage has "
+                    f"{value}; import it again with --{key}={value}"
+                )
+        expected = config.augment.normalize or "none"
+        if found.normalize != expected:
+            raise UserError(
+                f"{path} takes images with normalize='{found.normalize}' but "
+                f"config.augment.normalize='{expected}'; set it to '{found.normalize}'"
+            )
+    return {
+        f"{collection}/backbone/{rest}": leaf
+        for path, leaf in found.leaves.items()
+        for collection, _, rest in [path.partition("/")]
+    }
 
 
 def _evaluator(

@@ -30,6 +30,18 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries with the paths of a flat one; undoes `flatten` for such trees."""
+    nested: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        here = nested
+        for key in parents:
+            here = here.setdefault(key, {})
+        here[last] = leaf
+    return nested
+
+
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `jax.tree.map`, but `function(name, leaf, *rest_leaves)` also gets the leaf's path."""
     return jax.tree_util.tree_map_with_path(

@@ -52,6 +52,7 @@ def augmentation(recipe: str, size: int) -> ConfigDict:
         "equalize_prob": placeholder(float),
         "cutout_prob": placeholder(float),
         "eval_crop": placeholder(float),
+        "normalize": placeholder(str),
     }
     return ConfigDict({"recipe": recipe, "size": size, **overrides})
 
@@ -104,9 +105,16 @@ def stage(steps: int | None = None, epochs: float | None = None, **sections) -> 
     return config
 
 
-def init_from(stage: str = "", checkpoints: str = "", load=(), skip=()) -> ConfigDict:
-    """Where a stage's weights come from: an earlier stage, or a folder of checkpoints."""
-    return ConfigDict({"stage": stage, "checkpoints": checkpoints, "load": load, "skip": skip})
+def init_from(stage: str = "", checkpoints: str = "", weights: str = "", **more) -> ConfigDict:
+    """Where a stage's weights come from: one of three.
+
+    An earlier stage; a folder of checkpoints; or foreign weights, a folder of
+    tools/import_weights.py, or, with their `naming`, a file as it is.
+    """
+    known = {"naming": "", "load": (), "skip": ()}
+    return ConfigDict(
+        {"stage": stage, "checkpoints": checkpoints, "weights": weights, **known, **more}
+    )
 
 
 def base() -> ConfigDict:

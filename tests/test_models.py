@@ -10,7 +10,7 @@ import pytest
 
 from bigmed import sharding, tree
 from bigmed.errors import UserError
-from bigmed.models import heads, resnet, vit
+from bigmed.models import heads, positions, resnet, vit
 
 TOOLS = pathlib.Path(__file__).resolve().parent.parent / "tools"
 RESNETS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -106,13 +106,12 @@ def test_resnet_parameter_counts(depth, width, sk, published, with_classifier):
 def test_vit_parameter_counts(variant, width, depth, mlp, published, with_classifier):
     patch = int(variant.split("/")[1])
     block = 4 * (width + 1) * width + (width + 1) * mlp + (mlp + 1) * width + 4 * width
-    positions = (224 // patch) ** 2 + 1
-    expected = (3 * patch**2 + 1) * width + (positions + 1) * width + depth * block + 2 * width
-    assert sizes(vit.Model(variant, scan=True)) == (expected, 0)
+    codes = (224 // patch) ** 2 + 1
+    expected = (3 * patch**2 + 1) * width + (codes + 1) * width + depth * block + 2 * width
+    assert sizes(vit.Model(variant)) == (expected, 0)
     if variant == "Ti/16":
-        assert sizes(vit.Model(variant)) == (expected, 0)
-    without_tokens = vit.Model(variant, pool="gap", position="sincos2d", scan=True)
-    assert sizes(without_tokens)[0] == expected - (positions + 1) * width
+        without_tokens = vit.Model(variant, pool="gap", position="sincos2d")
+        assert sizes(without_tokens)[0] == expected - (codes + 1) * width
     assert expected / 1e6 == pytest.approx(published, rel=0.005)
     if with_classifier:
         assert (expected + 1000 * (width + 1)) / 1e6 == pytest.approx(with_classifier, abs=0.01)
@@ -156,8 +155,15 @@ def prepare(model, size=32, channels=3, batch=2):
         (resnet.Model(8, sk_ratio=0.0625, resnet_d=True), 32, 3, 4, 2048),
         (vit.Model("mu/8"), 24, 1, 3, 32),
         (vit.Model("mu/4", pool="gap", position="sincos2d"), 12, 3, 3, 32),
+        (
+            vit.Model("mu/8", distillation=True, registers=3, layer_scale=0.1, mlp="swiglu"),
+            24,
+            3,
+            3,
+            32,
+        ),
     ],
-    ids=["basic", "small-stem-x2", "sk", "vit-cls", "vit-gap"],
+    ids=["basic", "small-stem-x2", "sk", "vit-cls", "vit-gap", "vit-all"],
 )
 def test_outputs(model, size, channels, map_size, dim):
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -219,24 +225,23 @@ def test_remat_changes_neither_names_nor_results(model):
     assert_trees_close(found, loss_and_grads(model, variables, x), rtol=1e-3)
 
 
-def test_scan_equals_the_unrolled_blocks():
-    model = vit.Model("deep/8")
+def test_scan_changes_neither_names_nor_results():
+    model = vit.Model("deep/8", registers=2, layer_scale=0.1, mlp="swiglu")
     x, variables = prepare(model, 16)
-    params = dict(variables["params"])
-    blocks = [params.pop(f"block{i}") for i in (1, 2, 3)]
-    stacked = {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
-    scanned = vit.Model("deep/8", scan=True, remat=True)
-    fresh = jax.jit(lambda x: scanned.init(jax.random.key(0), x, train=False))(x)
-    assert jax.tree.map(jnp.shape, fresh["params"]) == jax.tree.map(jnp.shape, stacked)
-    first, second = fresh["params"]["blocks"]["mlp"]["up"]["kernel"][:2]
+    expected = loss_and_grads(model, variables, x)
+    for remat in (False, True):
+        scanned = model.clone(scan=True, remat=remat)
+        names = jax.eval_shape(lambda x, m=scanned: m.init(jax.random.key(0), x, train=False), x)
+        assert list(tree.flatten(names)) == list(tree.flatten(variables))
+        found = loss_and_grads(scanned, variables, x)
+        assert_trees_close(found, expected, rtol=1e-3)
+        program = str(jax.make_jaxpr(lambda v, m=scanned: m.apply(v, x, train=True))(variables))
+        assert program.count("logistic") == 1  # one block in the program, not three
+        assert ("remat" in program or "checkpoint" in program) == remat
+    key = jax.random.key(0)
+    init = jax.jit(lambda x: scanned.init(key, x, train=False))(x)["params"]
+    first, second = (init[f"block{i}"]["mlp"]["up"]["kernel"] for i in (1, 2))
     assert not np.allclose(first, second)  # every block is drawn anew
-    found, grads = loss_and_grads(scanned, {"params": stacked}, x)
-    unrolled = params | {f"block{i}": block for i, block in enumerate(blocks, start=1)}
-    expected, by_block = loss_and_grads(model, {"params": unrolled}, x)
-    assert found == pytest.approx(float(expected), rel=1e-4)
-    for i in range(3):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], grads["blocks"])
-        assert_trees_close(one, by_block[f"block{i + 1}"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 4])
@@ -261,7 +266,7 @@ def test_frozen_stages_get_no_gradient_and_keep_their_statistics(stage):
     [
         (resnet.Model(6, stem="small"), resnet.SHARDING),
         (vit.Model("mu/8"), vit.SHARDING),
-        (vit.Model("mu/8", scan=True), vit.SHARDING),
+        (vit.Model("mu/8", scan=True, mlp="swiglu"), vit.SHARDING),
     ],
     ids=["resnet", "vit", "vit-scan"],
 )
@@ -277,20 +282,21 @@ def test_a_mesh_does_not_change_loss_or_gradients(model, rules):
     assert_trees_close(found, expected, rtol=1e-3)
 
 
-def test_tensor_rules_split_heads_and_hidden_units():
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_tensor_rules_split_heads_and_hidden_units(mlp):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    for scan in (False, True):
-        _, variables = prepare(vit.Model("mu/8", scan=scan), 16)
-        names = tree.flatten(sharding.tree_shardings(variables["params"], mesh, vit.SHARDING))
-        block, layer = ("blocks", (None,)) if scan else ("block1", ())
-        for leaf, spec in {
-            "attention/qkv/kernel": ("fsdp", None, "tensor", None),
-            "attention/qkv/bias": (None, "tensor", None),
-            "attention/out/kernel": ("tensor", None, "fsdp"),
-            "mlp/up/kernel": ("fsdp", "tensor"),
-            "mlp/down/kernel": ("tensor", "fsdp"),
-        }.items():
-            assert tuple(names[f"{block}/{leaf}"].spec) == (*layer, *spec)
+    _, variables = prepare(vit.Model("mu/8", mlp=mlp), 16)
+    names = tree.flatten(sharding.tree_shardings(variables["params"], mesh, vit.SHARDING))
+    gate = (None,) if mlp == "swiglu" else ()
+    for leaf, spec in {
+        "attention/qkv/kernel": ("fsdp", None, "tensor", None),
+        "attention/qkv/bias": (None, "tensor", None),
+        "attention/out/kernel": ("tensor", None, "fsdp"),
+        "mlp/up/kernel": ("fsdp", *gate, "tensor"),
+        "mlp/up/bias": (*gate, "tensor"),
+        "mlp/down/kernel": ("tensor", "fsdp"),
+    }.items():
+        assert tuple(names[f"block1/{leaf}"].spec) == spec
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 3, 4])
@@ -350,6 +356,9 @@ def test_hidden_width_and_linear_head():
         (vit.Model("S"), "lacks a patch size"),
         (vit.Model("S/16", pool="max"), "config.model.pool='max'"),
         (vit.Model("S/16", position="rope"), "config.model.position='rope'"),
+        (vit.Model("S/16", mlp="glu"), "config.model.mlp='glu'"),
+        (vit.Model("S/16", registers=-1), "config.model.registers=-1"),
+        (vit.Model("S/16", pool="gap", distillation=True), "config.model.distillation=True"),
         (vit.Model("mu/5"), "images of 32x32 .* multiple of 5"),
         (heads.ProjectionHead(5), "head_layers=5"),
     ],
@@ -361,7 +370,7 @@ def test_mistakes_are_named(model, message):
 
 
 def test_sincos2d():
-    codes = vit.sincos2d(2, 3, 8)
+    codes = positions.sincos2d(2, 3, 8)
     assert codes.shape == (6, 8)
     y, x = 1, 2
     frequencies = np.array([1.0, 1e-4])

@@ -14,7 +14,6 @@ the device's bf16 peak.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import timing  # noqa: E402  # beside this file
 
 from bigmed import augment, losses, precision  # noqa: E402
 from bigmed.errors import UserError  # noqa: E402
@@ -50,11 +50,6 @@ TORCH = flags.DEFINE_bool("torch", True, "time PyTorch too")
 PEAK = flags.DEFINE_float("peak_tflops", None, "bf16 peak of one device; known for common ones")
 RECIPE = flags.DEFINE_string("recipe", "natural", "augmentation recipe to time")
 
-# dense bf16 TFLOP/s, by a part of `device_kind`; the first that fits
-PEAK_TFLOPS = {
-    "H200": 989, "H100": 989, "A100": 312, "L40": 181, "L4": 121, "B200": 2250,
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918,
-}  # fmt: skip
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, TEMPERATURE = 0.01, 0.9, 1e-4, 0.1
 
 
@@ -148,26 +143,6 @@ def augment_step(batch: int, size: int) -> Callable[[], None]:
     return lambda: jax.block_until_ready(views(jax.random.key(0)))
 
 
-def time_in_turns(runs: dict[str, Callable[[], None]], steps: int) -> dict[str, list[float]]:
-    """Seconds of each step of each, after two untimed ones."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(steps + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_flops(device: Any) -> float | None:
-    """FLOP/s that `device` is sold for, in bf16; None if unknown."""
-    if PEAK.value:
-        return PEAK.value * 1e12
-    kind = device.device_kind
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in kind), None)
-
-
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
@@ -179,7 +154,7 @@ def main(argv: list[str]) -> None:
     if TORCH.value:
         runs["PyTorch"] = torch_step(MODEL.value, images)
     runs["augmentation"] = augment_step(BATCH.value, SIZE.value)
-    seconds = time_in_turns(runs, STEPS.value)
+    seconds = timing.time_in_turns(runs, STEPS.value)
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
     print(
@@ -200,7 +175,7 @@ def main(argv: list[str]) -> None:
             f"{by_fastest:.2f} x by the fastest steps"
         )
     print(f"augmentation, not in the step: {median['augmentation'] / median['bigmed']:.1%} of it")
-    peak = peak_flops(device)
+    peak = timing.peak_flops(device, PEAK.value)
     if peak:
         print(f"MFU {flops / median['bigmed'] / peak:.1%} of {peak / 1e12:.0f} bf16 TFLOP/s")
     elif device.platform != "cpu":

@@ -8,6 +8,7 @@ synthetic data set is made in the workdir if the config wants it. The picture sh
 set holds, so treat it likewise.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -77,7 +78,9 @@ def draw(argv: list[str]) -> int:
         stage_config = curriculum.prepare_stage(config, name, config.seeds[0], workdir)
         stage = train.build_stage(name, stage_config, workdir / "inspect", mesh)
         batch = {k: v[: ROWS.value] for k, v in stage.pipeline.host_batch(STEP.value).items()}
-        sheet = montage(batch, augment.from_config(stage_config.augment), DRAWS.value)
+        settings = augment.from_config(stage_config.augment)
+        viewable = dataclasses.replace(settings, normalize="none")
+        sheet = montage(batch, viewable, DRAWS.value)
         out = pathlib.Path(OUT.value)
         if not cv2.imwrite(str(out), sheet[..., ::-1]):
             raise errors.UserError(f"--out {out} cannot be written; give a .png in a folder")

@@ -18,6 +18,7 @@ k the kernel's size.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def _window(start: int, count: int, strides: int) -> slice:
 def _by_position(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
     """The gradient by the kernel, [k, k, I, O], one product for each of the kernel's positions."""
     h, w = g.shape[1:3]
-    x = _padded(x, k)
+    x = once(partial(_padded, k=k), x)  # else each position normalises it anew
     # The barriers keep XLA from folding these transpositions into the products, where they cost
     # more than on their own.
     g = lax.optimization_barrier(_rows(g).T)  # ON
@@ -159,42 +160,66 @@ def once(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     return lax.cond(true, function, lambda *args: jnp.zeros_like(function(*args)), *args)
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 and TensorFlow's SAME padding: BHWC->BhwC."""
-    window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
-    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME")
+def _pool_pads(shape: tuple[int, ...], low: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """What `max_pool` adds before and after each dimension: windows for half the size, rounded up.
+
+    low: the rows and columns added before the first.
+    """
+    high = (-(-size // 2) * 2 + 1 - size - lo for size, lo in zip(shape[1:3], low, strict=True))
+    return ((0, 0), *zip(low, high, strict=True), (0, 0))
 
 
-def max_pool_grad_default(x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+def max_pool(x: jax.Array, low: tuple[int, int], value: float) -> jax.Array:
+    """3x3 maximum with stride 2: BHWC->BhwC, h and w half of H and W, rounded up.
+
+    low: the rows and columns of padding before the first, 0 or 1; value: of the padding.
+    """
+    pads = _pool_pads(x.shape, low)
+    if value != -jnp.inf:  # which `reduce_window` pads with by itself
+        x, pads = jnp.pad(x, pads, constant_values=value), ((0, 0),) * 4
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
+
+
+def max_pool_grad_default(
+    x: jax.Array, y: jax.Array, g: jax.Array, low: tuple[int, int], value: float
+) -> jax.Array:
     """XLA's gradient of `max_pool`, whose output is y: to the first maximum of each window."""
     del y
-    return jax.vjp(max_pool, x)[1](g)[0]
+    return jax.vjp(lambda x: max_pool(x, low, value), x)[1](g)[0]
 
 
-def max_pool_grad(x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+def max_pool_grad(
+    x: jax.Array, y: jax.Array, g: jax.Array, low: tuple[int, int], value: float
+) -> jax.Array:
     """`max_pool_grad_default`, faster on a CPU."""
     b, height, width, c = x.shape
     h, w = y.shape[1:3]
-    top, left = height % 2, width % 2  # SAME pads an even size at its end alone
-    pads = ((0, 0), (top, 2 * h + 1 - height - top), (left, 2 * w + 1 - width - left), (0, 0))
-    x = jnp.pad(x, pads, constant_values=-jnp.inf)
+    top, left = low
+    x = jnp.pad(x, _pool_pads(x.shape, low), constant_values=value)
     offsets = [(i, j) for i in range(3) for j in range(3)]
     first = jnp.full(y.shape, len(offsets), jnp.int8)
     for n, (i, j) in reversed(list(enumerate(offsets))):
         first = jnp.where(x[:, _window(i, h, 2), _window(j, w, 2)] == y, jnp.int8(n), first)
 
     def share(i: int, j: int) -> jax.Array:
-        """What position (i, j) of each window gets, [B, h + 1, w + 1, C], at its place among them.
+        """What position (i, j) of each window gets, at its place among rows and columns like it.
 
-        Position 2 of a window is position 0 of the next.
+        Position 2 of a window is position 0 of the next. [B, h + 1 - top, w + 1 - left, C].
         """
         part = jnp.where(first == 3 * i + j, g, jnp.zeros_like(g))
-        place = ((i // 2, 1 - i // 2), (j // 2, 1 - j // 2))
-        return jnp.pad(part, ((0, 0), *place, (0, 0)))
+        pads = [(0, 0, 0)]
+        for k, lo in ((i, top), (j, left)):
+            place = 0 if k == 1 else k // 2 - lo
+            pads.append((place, 1 - lo - place, 0))
+        return lax.pad(part, jnp.zeros((), g.dtype), (*pads, (0, 0, 0)))
 
-    even_even = share(0, 0) + share(0, 2) + share(2, 0) + share(2, 2)
-    even_odd, odd_even = share(0, 1) + share(2, 1), share(1, 0) + share(1, 2)
-    rows = (jnp.stack([even_even, even_odd], 3), jnp.stack([odd_even, share(1, 1)], 3))
-    grad = jnp.stack(rows, axis=2)  # [B, h + 1, 2, w + 1, 2, C]
-    grad = grad.reshape(b, 2 * h + 2, 2 * w + 2, c)
-    return grad[:, top : top + height, left : left + width]
+    # by whether the row and the column of the padded image are odd
+    parts = {
+        (0, 0): share(0, 0) + share(0, 2) + share(2, 0) + share(2, 2),
+        (0, 1): share(0, 1) + share(2, 1),
+        (1, 0): share(1, 0) + share(1, 2),
+        (1, 1): share(1, 1),
+    }
+    rows = [jnp.stack([parts[i ^ top, j ^ left] for j in (0, 1)], 3) for i in (0, 1)]
+    grad = jnp.stack(rows, axis=2)  # [B, h + 1 - top, 2, w + 1 - left, 2, C]
+    return grad.reshape(b, 2 * (h + 1 - top), 2 * (w + 1 - left), c)[:, :height, :width]

@@ -44,25 +44,45 @@ def _conv2d_backward(strides: int, saved: tuple, g: jax.Array) -> tuple[jax.Arra
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
-@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 and TensorFlow's SAME padding: [B, H, W, C] -> [B, H/2, W/2, C]."""
-    return conv_cpu.max_pool(x)
+    # SAME pads an even size at its end alone
+    return _max_pool(x, (x.shape[1] % 2, x.shape[2] % 2), -jnp.inf)
 
 
-def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, Any]:
-    y = conv_cpu.max_pool(x)
+def max_pool_symmetric(x: jax.Array) -> jax.Array:
+    """`max_pool` with a row or column of padding on every side, as PyTorch's padding=1."""
+    return _max_pool(x, (1, 1), -jnp.inf)
+
+
+def max_pool_zeros(x: jax.Array) -> jax.Array:
+    """`max_pool_symmetric` whose padding is of zeros that take part in the maximum, as in BiT."""
+    return _max_pool(x, (1, 1), 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x: jax.Array, low: tuple[int, int], value: float) -> jax.Array:
+    return conv_cpu.max_pool(x, low, value)
+
+
+def _max_pool_forward(x: jax.Array, low: tuple[int, int], value: float) -> tuple[jax.Array, tuple]:
+    y = conv_cpu.max_pool(x, low, value)
     return y, (x, y)
 
 
-def _max_pool_backward(saved: Any, g: jax.Array) -> tuple[jax.Array]:
+def _max_pool_backward(
+    low: tuple[int, int], value: float, saved: tuple, g: jax.Array
+) -> tuple[jax.Array]:
     grad = lax.platform_dependent(
-        *saved, g, cpu=conv_cpu.max_pool_grad, default=conv_cpu.max_pool_grad_default
+        *saved,
+        g,
+        cpu=partial(conv_cpu.max_pool_grad, low=low, value=value),
+        default=partial(conv_cpu.max_pool_grad_default, low=low, value=value),
     )
     return (grad,)
 
 
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 @jax.custom_vjp

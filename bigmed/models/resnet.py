@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bigmed.errors import UserError
-from bigmed.models.layers import BatchNorm, Conv, avg_pool, max_pool
+from bigmed.models.layers import BatchNorm, Conv, avg_pool, max_pool, max_pool_symmetric
 
 # depth -> (blocks in each stage, whether they are bottlenecks)
 VARIANTS = {
@@ -23,7 +23,12 @@ VARIANTS = {
     152: ((3, 8, 36, 3), True),
     200: ((3, 24, 36, 3), True),
 }
-STEMS = ("imagenet", "small")
+STEMS = ("imagenet", "torchvision", "small")
+# published name -> `config.model`; the torchvision stem, so that PyTorch's weights fit exactly
+NAMED = {
+    f"resnet{depth}": {"name": "resnet", "depth": depth, "stem": "torchvision"}
+    for depth in (18, 34, 50, 101, 152)
+}
 EXPANSION = 4  # of a bottleneck's output over its inner width
 MIN_SK_DIM = 32
 
@@ -136,7 +141,8 @@ class Model(nn.Module):
     Attributes:
       depth: 18, 34, 50, 101, 152 or 200.
       width: multiplies every width; 1 to 4 in the papers.
-      stem: 'imagenet' (7x7 convolution with stride 2, then max-pooling) or 'small' (3x3 with stride
+      stem: 'imagenet' (7x7 convolution with stride 2, then max-pooling padded at its end, as in
+        SimCLR's code), 'torchvision' (the same, padded on every side) or 'small' (3x3 with stride
         1, no pooling; for images of about 32 px).
       sk_ratio: of selective kernels, 0.0625 in SimCLR v2; 0 turns them off.
       resnet_d: three 3x3 convolutions as imagenet stem and average-pooled shortcuts
@@ -226,4 +232,4 @@ class Model(nn.Module):
             x = ConvNorm(c, 3, dtype=dtype, name="stem3")(x, train)
         else:
             x = ConvNorm(c, 7, 2, dtype=dtype, name="stem")(x, train)
-        return max_pool(x)
+        return max_pool_symmetric(x) if self.stem == "torchvision" else max_pool(x)

@@ -1,4 +1,8 @@
-"""Vision Transformer (arXiv 2010.11929; size g: arXiv 2106.04560)."""
+"""Vision Transformer (arXiv 2010.11929) in the forms that public weights come in.
+
+AugReg and big_vision (arXiv 2106.10270, 2106.04560, 2205.01580), DeiT and DeiT III (arXiv
+2012.12877, 2204.07118), DINOv2 (arXiv 2304.07193) and its registers (arXiv 2309.16588).
+"""
 
 from typing import Any, NamedTuple
 
@@ -8,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmed.errors import UserError, did_you_mean
+from bigmed.models.positions import sincos2d
 
 
 class Size(NamedTuple):
@@ -26,30 +31,61 @@ VARIANTS = {
     "B": Size(768, 12, 3072, 12),
     "L": Size(1024, 24, 4096, 16),
     "H": Size(1280, 32, 5120, 16),
-    "g": Size(1408, 40, 6144, 16),
+    "g": Size(1408, 40, 6144, 16),  # of arXiv 2106.04560
+    "g2": Size(1536, 40, 6144, 24),  # DINOv2's
 }
 POOLS = ("cls", "gap")
 POSITIONS = ("learned", "sincos2d")
+MLPS = ("gelu", "swiglu")
 
-_RULES = (
+
+def _named() -> dict[str, dict[str, Any]]:
+    """Published name -> `config.model`; patch sizes follow the size's letter."""
+    dinov2 = {"layer_scale": 1e-5}
+    families = {
+        "vit_{}": ("Ti/16 S/32 S/16 S/8 B/32 B/16 B/8 L/32 L/16 H/14 g/14", {}),
+        "deit_{}": ("Ti/16 S/16 B/16", {}),
+        "deit_{}_distilled": ("Ti/16 S/16 B/16", {"distillation": True}),
+        "deit3_{}": ("S/16 B/16 L/16 H/14", {"layer_scale": 1e-6, "cls_position": False}),
+        "dinov2_vit{}": ("S/14 B/14 L/14 g2/14", dinov2),
+        "dinov2_vit{}_reg": ("S/14 B/14 L/14 g2/14", {**dinov2, "registers": 4}),
+    }
+    named = {}
+    for name, (variants, settings) in families.items():
+        for variant in variants.split(" "):
+            model = {"name": "vit", "variant": variant, **settings}
+            if variant.startswith("g2"):
+                model["mlp"] = "swiglu"
+            # DINOv2 calls its own size g
+            short = variant.replace("g2", "g").replace("/", "").lower()
+            named[name.format(short)] = model
+    return named
+
+
+NAMED = _named()
+
+SHARDING = (
     (r"attention/qkv/kernel", ("fsdp", None, "tensor", None)),  # D, 3, heads, head_dim
     (r"attention/qkv/bias", (None, "tensor", None)),
     (r"attention/out/kernel", ("tensor", None, "fsdp")),  # heads, head_dim, D
     (r"mlp/up/kernel", ("fsdp", "tensor")),
     (r"mlp/up/bias", ("tensor",)),
+    (r"mlp/up/kernel", ("fsdp", None, "tensor")),  # of SwiGLU: D, 2, hidden
+    (r"mlp/up/bias", (None, "tensor")),
     (r"mlp/down/kernel", ("tensor", "fsdp")),
 )
-# With `scan` every leaf of a block has the layers as its first dimension.
-SHARDING = _RULES + tuple((pattern, (None, *axes)) for pattern, axes in _RULES)
 
 xavier = nn.initializers.xavier_uniform()
 
 
-def qkv_init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Xavier uniform for three matrices side by side [D, 3 D], each with its own fan-out."""
-    fans = shape[0] + shape[1] // 3
-    limit = np.sqrt(6 / fans)
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
+def side_by_side(count: int) -> Any:
+    """Xavier uniform for `count` matrices [I, count * O], each with its own fan-out."""
+
+    def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+        limit = np.sqrt(6 / (shape[0] + shape[1] // count))
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
 
 
 class Attention(nn.Module):
@@ -64,7 +100,10 @@ class Attention(nn.Module):
         d = x.shape[-1]
         # B: image, N: query, M: key, H: head, K: dimension of a head
         qkv = nn.DenseGeneral(
-            (3, self.heads, d // self.heads), dtype=self.dtype, kernel_init=qkv_init, name="qkv"
+            (3, self.heads, d // self.heads),
+            dtype=self.dtype,
+            kernel_init=side_by_side(3),
+            name="qkv",
         )(x)
         q, k, v = (qkv[:, :, i] for i in range(3))  # BNHK
         q = q / np.sqrt(d // self.heads).astype(q.dtype)
@@ -76,74 +115,120 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with an exact GELU between."""
+    """Two dense layers with an exact GELU between, or SwiGLU (arXiv 2002.05202)."""
 
     hidden: int
+    kind: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = {"kernel_init": xavier, "bias_init": nn.initializers.normal(1e-6)}
+        """[B, N, D] -> [B, N, D]."""
+        bias = {"bias_init": nn.initializers.normal(1e-6)}
         d = x.shape[-1]
-        x = nn.Dense(self.hidden, dtype=self.dtype, **init, name="up")(x)
-        x = nn.gelu(x, approximate=False)
-        return nn.Dense(d, dtype=self.dtype, **init, name="down")(x)
+        if self.kind == "swiglu":
+            # the gate beside the values, not before them, so that a split of `hidden` over devices
+            # gives each its share of both
+            hidden = swiglu_hidden(self.hidden)
+            init = {"kernel_init": side_by_side(2), **bias}
+            x = nn.DenseGeneral((2, hidden), dtype=self.dtype, **init, name="up")(x)
+            x = nn.silu(x[:, :, 0]) * x[:, :, 1]
+        else:
+            x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, **bias, name="up")(x)
+            x = nn.gelu(x, approximate=False)
+        return nn.Dense(d, dtype=self.dtype, kernel_init=xavier, **bias, name="down")(x)
 
 
-def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    """Layer norm with float32 statistics."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
+def swiglu_hidden(mlp_dim: int) -> int:
+    """DINOv2's width within SwiGLU: two thirds of the MLP's, rounded up to a multiple of 8."""
+    return (mlp_dim * 2 // 3 + 7) // 8 * 8
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block, in the (carry, input) form of `nn.scan`."""
+class LayerScale(nn.Module):
+    """A learned factor `gamma` for each channel of a residual branch (arXiv 2103.17239)."""
 
-    size: Size
+    initial: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        y = layer_norm(self.dtype, "norm1")(x)
-        x = x + Attention(self.size.heads, self.dtype, name="attention")(y)
-        y = layer_norm(self.dtype, "norm2")(x)
-        return x + Mlp(self.size.mlp_dim, self.dtype, name="mlp")(y), None
+        init = nn.initializers.constant(self.initial)
+        gamma = self.param("gamma", init, (x.shape[-1],), jnp.float32)
+        return x * gamma.astype(self.dtype)[None, None]
 
 
-def sincos2d(height: int, width: int, dim: int) -> np.ndarray:
-    """Fixed position codes [height * width, dim] float32 (arXiv 2205.01580).
+class Block(nn.Module):
+    """A pre-norm transformer block."""
 
-    The four quarters of a code are the sine and cosine of x and the sine and cosine of y, at
-    frequencies from 1 down to 1/10000.
-    """
-    y, x = np.mgrid[:height, :width]
-    frequencies = 1.0 / 10000 ** np.linspace(0, 1, dim // 4)
-    angles_x, angles_y = (np.outer(p.ravel(), frequencies) for p in (x, y))
-    parts = [np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    size: Size
+    mlp: str
+    layer_scale: float
+    norm_eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        branches = (
+            Attention(self.size.heads, self.dtype, name="attention"),
+            Mlp(self.size.mlp_dim, self.mlp, self.dtype, name="mlp"),
+        )
+        for i, branch in enumerate(branches, start=1):
+            # statistics are float32
+            y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}")(x)
+            y = branch(y)
+            if self.layer_scale:
+                y = LayerScale(self.layer_scale, self.dtype, name=f"layer_scale{i}")(y)
+            x = x + y
+        return x
 
 
 class Model(nn.Module):
     """A Vision Transformer without a classifier.
 
+    The tokens are the class token, the distillation token, the registers, then the patches.
+
     Attributes:
-      variant: size and patch, e.g. 'S/16'; sizes Ti, S, B, L, H, g (and mu, for tests), any patch.
+      variant: size and patch, e.g. 'S/16'; sizes Ti, S, B, L, H, g, g2 (DINOv2's) and mu (for
+        tests), any patch.
       pool: 'cls' (a class token) or 'gap' (mean over the patches, no class token).
       position: 'learned' or 'sincos2d' (fixed, no parameters).
-      scan: one `nn.scan` over the blocks, whose parameters then lie stacked under `blocks` with the
-        layers as first dimension; compiles faster, for deep networks. Else `block1`, `block2`, ...
+      cls_position: learned positions have a code for the class and distillation tokens too.
+      distillation: DeiT's second token; the features are still those of the class token.
+      registers: number of register tokens, which have no position.
+      mlp: 'gelu' or 'swiglu'.
+      layer_scale: first value of LayerScale; 0: there is none.
+      norm_eps: of all norms; 1e-12 in transformers' ViT and DeiT.
+      scan: one `lax.scan` over the blocks, which compiles faster, for deep networks; costs a copy
+        of the weights a step.
       remat: recompute each block's activations in the backward pass, to save memory.
       dtype: of the arithmetic; parameters, statistics of norms and softmax are float32.
+
+    The parameters are `cls`, `distillation`, `registers`, `pos_embedding`, `patches`, `block1` to
+    `block<depth>` and `norm`, with `scan` and `remat` or without: a checkpoint fits all four, and
+    each block has its own trust ratio and can be frozen by its name.
     """
 
     variant: str = "S/16"
     pool: str = "cls"
     position: str = "learned"
+    cls_position: bool = True
+    distillation: bool = False
+    registers: int = 0
+    mlp: str = "gelu"
+    layer_scale: float = 0.0
+    norm_eps: float = 1e-6
     scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
 
-    def _variant(self) -> tuple[Size, int]:
+    def shape(self) -> tuple[Size, int]:
+        """The size and the patch.
+
+        Raises:
+          UserError: an attribute has a value that it cannot have.
+        """
         name, _, patch = self.variant.partition("/")
         if name not in VARIANTS:
             raise UserError(
@@ -154,18 +239,29 @@ class Model(nn.Module):
             raise UserError(
                 f"config.model.variant='{self.variant}' lacks a patch size; write e.g. {name}/16"
             )
-        for key, value, valid in (
-            ("pool", self.pool, POOLS),
-            ("position", self.position, POSITIONS),
-        ):
+        for key, valid in (("pool", POOLS), ("position", POSITIONS), ("mlp", MLPS)):
+            value = getattr(self, key)
             if value not in valid:
                 raise UserError(f"config.model.{key}='{value}': {did_you_mean(value, valid)}")
+        if self.distillation and self.pool != "cls":
+            raise UserError(
+                f"config.model.distillation=True needs a class token, but config.model.pool is "
+                f"'{self.pool}'; use 'cls'"
+            )
+        if self.registers < 0:
+            raise UserError(f"config.model.registers={self.registers}: use 0 or more")
         return VARIANTS[name], int(patch)
 
     @property
     def feature_dim(self) -> int:
         """D, the length of the feature vector."""
-        return self._variant()[0].width
+        return self.shape()[0].width
+
+    @property
+    def coded_tokens(self) -> int:
+        """How many tokens before the patches have a learned position code."""
+        coded = self.position == "learned" and self.cls_position and self.pool == "cls"
+        return (1 + self.distillation) * coded
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -183,7 +279,7 @@ class Model(nn.Module):
           UserError: the patch does not divide the image.
         """
         del train
-        size, patch = self._variant()
+        size, patch = self.shape()
         b, height, width, _ = x.shape
         if height % patch or width % patch:
             raise UserError(
@@ -192,32 +288,60 @@ class Model(nn.Module):
             )
         h, w, d = height // patch, width // patch, size.width
         x = self._embed_patches(x, patch, d)  # [B, h * w, D]
-        cls = self.pool == "cls"
-        if cls:
-            token = self.param("cls", nn.initializers.zeros, (1, 1, d), jnp.float32)
-            token = jnp.broadcast_to(token.astype(self.dtype), (b, 1, d))
-            x = jnp.concatenate([token, x], axis=1)
+        coded = self.coded_tokens
         if self.position == "learned":
-            codes = self.param(
-                "pos_embedding", nn.initializers.normal(0.02), (1, h * w + cls, d), jnp.float32
-            )
+            shape = (1, coded + h * w, d)
+            codes = self.param("pos_embedding", nn.initializers.normal(0.02), shape, jnp.float32)
         else:
-            codes = np.pad(sincos2d(h, w, d), ((int(cls), 0), (0, 0)))[None]
-        x = x + jnp.asarray(codes, self.dtype)
-
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-        if self.scan:
-            layers = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=size.depth
-            )
-            x, _ = layers(size, self.dtype, name="blocks")(x, None)
+            codes = jnp.asarray(sincos2d(h, w, d))[None]
+        codes = codes.astype(self.dtype)
+        tokens = self._tokens(d)  # [1, T, D]
+        t = tokens.shape[1]
+        if t:
+            tokens = tokens.at[:, :coded].add(codes[:, :coded])
+            x = jnp.concatenate([jnp.broadcast_to(tokens, (b, t, d)), x + codes[:, coded:]], axis=1)
         else:
-            for i in range(1, size.depth + 1):
-                x, _ = block(size, self.dtype, name=f"block{i}")(x, None)
-        x = layer_norm(self.dtype, "norm")(x)
-        patches = x[:, int(cls) :]
+            x = x + codes
+        x = self._encode(x, size)
+        x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+        patches = x[:, t:]
+        cls = self.pool == "cls"
         features = x[:, 0] if cls else jnp.mean(patches, axis=1, dtype=jnp.float32)
         return features.astype(jnp.float32), {"feature_map": patches.reshape(b, h, w, d)}
+
+    def _tokens(self, d: int) -> jax.Array:
+        """Class token, distillation token and registers, as far as there are any: [1, T, D]."""
+        parts = [jnp.zeros((1, 0, d), self.dtype)]
+        for name, count, init in (
+            ("cls", int(self.pool == "cls"), nn.initializers.zeros),
+            ("distillation", int(self.distillation), nn.initializers.normal(0.02)),
+            ("registers", self.registers, nn.initializers.normal(1e-6)),
+        ):
+            if count:
+                token = self.param(name, init, (1, count, d), jnp.float32)
+                parts.append(token.astype(self.dtype))
+        return jnp.concatenate(parts, axis=1)
+
+    def _encode(self, x: jax.Array, size: Size) -> jax.Array:
+        """All blocks: [B, N, D] -> [B, N, D]."""
+        names = [f"block{i}" for i in range(1, size.depth + 1)]
+        settings = (size, self.mlp, self.layer_scale, self.norm_eps, self.dtype)
+        if not self.scan or self.is_initializing():
+            block = nn.remat(Block) if self.remat else Block
+            for name in names:
+                x = block(*settings, name=name)(x)
+            return x
+        # The parameters are stacked here, not in the checkpoint.
+        params = self.variables["params"]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[n] for n in names))
+        block = Block(*settings, parent=None)
+
+        def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return block.apply({"params": params}, x), None
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        return jax.lax.scan(layer, x, stacked)[0]
 
     def _embed_patches(self, x: jax.Array, patch: int, d: int) -> jax.Array:
         """A convolution with stride = size, as one matrix product: [B, H, W, C] -> [B, N, D]."""

@@ -26,7 +26,9 @@ import jax.numpy as jnp
 from bigmed import augment, losses, precision
 from bigmed.errors import UserError
 from bigmed.models import heads
-from bigmed.resolve import resolve
+from bigmed.models.catalogue import build
+
+PREPROCESSING = ("size", "eval_crop", "antialias", "normalize")  # what `eval_transform` goes by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +66,8 @@ class Objective:
             )
         dtype = precision.compute_dtype(config["precision"])
         self._augment = augment.from_config(config["augment"])
-        model = dict(config["model"])
-        name = model.pop("name")
-        model_class = resolve(name, "bigmed.models", "Model")
-        self.SHARDING = getattr(sys.modules[model_class.__module__], "SHARDING", ())
-        try:
-            self.backbone = model_class(**model, dtype=dtype)
-        except TypeError as error:
-            raise UserError(f"config.model of '{name}': {error}") from None
+        self.backbone = build(config["model"], dtype)
+        self.SHARDING = getattr(sys.modules[type(self.backbone).__module__], "SHARDING", ())
         self._width = self.backbone.feature_dim  # also checks the model's own settings
         self.head = heads.ProjectionHead(
             num_layers=self._config["head_layers"],
@@ -192,7 +188,7 @@ class Objective:
     def preprocessing(self) -> dict[str, Any]:
         """What `predict_fns` do to an image; part of the key of cached features."""
         settings = self._augment
-        form = {name: getattr(settings, name) for name in ("size", "eval_crop", "antialias")}
+        form = {name: getattr(settings, name) for name in PREPROCESSING}
         return {**form, "backbone": repr(self.backbone)}
 
     def _two_views(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:

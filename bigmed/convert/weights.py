@@ -1,0 +1,274 @@
+"""Weights of one encoder: in from foreign files, out to foreign folders, and as a folder of ours.
+
+A folder of ours holds `weights.safetensors`, whose tensors are the leaves of the model by path, and
+`encoder.json`: the `config.model` section, image size and channels, and where it came from.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import pathlib
+import pkgutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigmed import tree
+from bigmed.convert import mapping, read
+from bigmed.errors import UserError, did_you_mean
+from bigmed.models.catalogue import build
+
+WEIGHTS, DESCRIPTION = "weights.safetensors", "encoder.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """An encoder's weights.
+
+    Attributes:
+      model: the `config.model` section, with `name`.
+      size: of the images that position codes are for, in pixels.
+      channels: of the images, 1 or 3.
+      normalize: of the pixels, see `augment.AugmentConfig`.
+      leaves: float32 arrays by path, 'params/stem/conv/kernel'.
+      left_over: tensors of the source that no leaf took.
+      fresh: paths of leaves that the source does not have.
+    """
+
+    model: dict[str, Any]
+    size: int
+    channels: int
+    normalize: str
+    leaves: dict[str, np.ndarray]
+    left_over: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+
+def families() -> dict[str, Any]:
+    """The modules of tables in this package, by the name of the model that they are of."""
+    package = importlib.import_module("bigmed.convert")
+    found = {
+        m.name: importlib.import_module(f"bigmed.convert.{m.name}")
+        for m in pkgutil.iter_modules(package.__path__)
+    }
+    return {name: module for name, module in found.items() if hasattr(module, "NAMINGS")}
+
+
+def family_of(model: Mapping[str, Any], naming: str) -> Any:
+    """The module of tables of a model's family.
+
+    Raises:
+      UserError: the family has no tables, or does not know the naming.
+    """
+    known = families()
+    if model["name"] not in known:
+        raise UserError(
+            f"no weights of '{model['name']}' can be converted; valid: {', '.join(known)}"
+        )
+    family = known[model["name"]]
+    if naming not in family.NAMINGS:
+        raise UserError(
+            f"naming '{naming}' of a {model['name']}: {did_you_mean(naming, family.NAMINGS)}"
+        )
+    return family
+
+
+def abstract_leaves(module: Any, size: int, channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the leaves by path; of a text tower, for tokens of whatever length."""
+    if hasattr(module, "vocab_size"):
+        inputs = [jax.ShapeDtypeStruct((1, 2), jnp.int32)] * 2
+    else:
+        inputs = [jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)]
+    return tree.flatten(
+        jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x, train=False), *inputs)
+    )
+
+
+def import_weights(
+    source: pathlib.Path,
+    naming: str,
+    model: Mapping[str, Any] | None = None,
+    *,
+    size: int = 224,
+    channels: int = 3,
+    normalize: str = "none",
+    prefix: str | None = None,
+    allow_pickle: bool = False,
+) -> Weights:
+    """Foreign weights as the leaves of a model.
+
+    Args:
+      source: see `read.read_tensors`.
+      naming: one of the family's `NAMINGS`.
+      model: a `config.model` section; None: as the config.json beside the weights says.
+      size: of the images, pixels; position codes are resampled to it.
+      channels: of the images, 1 or 3; the stem is summed or spread over them.
+      normalize: of the pixels that the weights were trained on; kept beside them.
+      prefix: see `read.without_prefix`.
+      allow_pickle: see `read.read_tensors`.
+
+    Raises:
+      UserError: what `read` and `mapping.to_ours` raise; a model that cannot be told.
+    """
+    model = dict(model) if model else _described(source, naming)
+    family = family_of(model, naming)
+    module = build(model)
+    entries = family.entries(module, naming)
+    tensors = read.read_tensors(source, allow_pickle=allow_pickle)
+    wanted = {name for entry in entries for name in entry.theirs}
+    if hasattr(family, "plain_names"):
+        tensors = family.plain_names(tensors)
+    tensors = read.without_prefix(tensors, wanted, prefix)
+    if hasattr(family, "fit_positions"):
+        tensors = family.fit_positions(tensors, module, naming, (size, size))
+    here = {path: leaf.shape for path, leaf in abstract_leaves(module, size, channels).items()}
+    stem = next((entry for entry in entries if entry.ours == getattr(family, "STEM", None)), None)
+    in_source = _stem_channels(stem, tensors, module, size)
+    shapes = {k: leaf.shape for k, leaf in abstract_leaves(module, size, in_source).items()}
+    leaves, left_over, fresh = mapping.to_ours(tensors, entries, shapes)
+    if stem and stem.ours in leaves and leaves[stem.ours].shape != here[stem.ours]:
+        leaves[stem.ours] = mapping.refold_stem(leaves[stem.ours], in_source, channels)
+    return Weights(model, size, channels, normalize, leaves, tuple(left_over), tuple(fresh))
+
+
+def _described(source: pathlib.Path, naming: str) -> dict[str, Any]:
+    """The model of the config.json beside foreign weights, by the first family that knows it."""
+    source = pathlib.Path(source)
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    if not path.is_file():
+        raise UserError(f"there is no {path} to tell the model by; name it with --model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    reasons = []
+    for name, family in families().items():
+        if naming in family.NAMINGS:
+            try:
+                return family.from_description(config)
+            except (UserError, KeyError) as error:
+                reasons.append(f"{name}: {error}")
+    kind = config.get("model_type") or config.get("architecture")
+    raise UserError(
+        f"{path} describes '{kind}', which no family reads; {'; '.join(reasons)[:300]}"
+    )
+
+
+def _stem_channels(
+    stem: mapping.Entry | None, tensors: Mapping[str, np.ndarray], module: Any, size: int
+) -> int:
+    """How many channels the source's stem takes: 1 if it fits that, else 3."""
+    if stem is None or not all(name in tensors for name in stem.theirs):
+        return 3
+    try:
+        shape = stem.layout.to_ours([tensors[name] for name in stem.theirs]).shape
+    except (ValueError, IndexError):
+        return 3
+    three, one = (abstract_leaves(module, size, channels)[stem.ours].shape for channels in (3, 1))
+    return 1 if shape == one and shape != three else 3
+
+
+def save(weights: Weights, folder: pathlib.Path, origin: Mapping[str, Any]) -> None:
+    """Writes a folder of ours; whole or not at all.
+
+    Args:
+      weights: without fresh leaves.
+      folder: must not exist, or be empty.
+      origin: JSON, kept under 'origin'.
+
+    Raises:
+      UserError: the folder is not empty.
+    """
+    described = {
+        "model": weights.model,
+        "size": weights.size,
+        "channels": weights.channels,
+        "normalize": weights.normalize,
+        "origin": dict(origin),
+    }
+    write_folder(folder, weights.leaves, WEIGHTS, {DESCRIPTION: described})
+
+
+def write_folder(
+    folder: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    tensors_name: str,
+    files: Mapping[str, Any],
+) -> None:
+    """A folder of a safetensors file and small files (str, or JSON); whole or not at all."""
+    from safetensors.numpy import save_file
+
+    folder = pathlib.Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        made = pathlib.Path(scratch) / "made"
+        made.mkdir()
+        # safetensors writes the memory as it lies, whatever the strides
+        contiguous = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
+        save_file(contiguous, made / tensors_name, metadata={"format": "pt"})
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (made / name).write_text(text, encoding="utf-8")
+        if folder.is_dir():
+            folder.rmdir()
+        made.rename(folder)
+
+
+def load(folder: pathlib.Path) -> Weights:
+    """Reads a folder of ours.
+
+    Raises:
+      UserError: it is none, or does not fit the model that it describes.
+    """
+    path = pathlib.Path(folder) / DESCRIPTION
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        model, size = dict(described["model"]), int(described["size"])
+        channels, normalize = int(described["channels"]), str(described["normalize"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no folder of tools/import_weights.py ({error})") from None
+    leaves = read.read_tensors(path.with_name(WEIGHTS))
+    shapes = abstract_leaves(build(model), size, channels)
+    for name in sorted(shapes.keys() | leaves.keys()):
+        here, there = shapes.get(name), leaves.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            ours, file = (x if x is None else tree.describe_shape(x) for x in (here, there))
+            raise UserError(f"{folder}: '{name}' is {ours} in the model and {file} in the file")
+    return Weights(model, size, channels, normalize, leaves)
+
+
+def check_same_model(section: Mapping[str, Any], module: Any, where: Any) -> None:
+    """Raises `UserError` unless a `config.model` section describes this module.
+
+    Shapes alone do not tell: a ResNet's pooling has none.
+    """
+    other = build(section)
+    if type(other) is not type(module):
+        raise UserError(f"{where} is of another model: {section['name']}")
+    for field in dataclasses.fields(module):
+        if field.name in ("parent", "name", "dtype", "remat", "scan", "train_after_stage"):
+            continue  # which change no number
+        here, there = getattr(module, field.name), getattr(other, field.name)
+        if here != there:
+            raise UserError(
+                f"{where} is of a model with {field.name}={there!r} but "
+                f"config.model.{field.name} is {here!r}"
+            )
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file, or of a folder's files in order of their names."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""Times encoders beside the same ones of transformers and PyTorch, in one run.
+
+    python tools/bench_models.py --models=resnet50,vit_s16 --batch=8
+    python tools/bench_models.py --models=resnet50 --batch=256 --precision=bf16
+
+Forward is in evaluation mode without gradients; a training step is forward in training mode,
+backward by the parameters, and plain SGD. The two libraries take turns. PyTorch runs on JAX's kind
+of device if it has it (on a GPU in bf16 and compiled), else on the CPU, on all cores, as it is. For
+texts, --size is the number of tokens.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+from bigmed.host_memory import keep_freed_memory
+
+keep_freed_memory()  # before jax starts its threads
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import timing  # noqa: E402  # beside this file
+
+from bigmed import precision  # noqa: E402
+from bigmed.convert import weights  # noqa: E402
+from bigmed.errors import UserError, did_you_mean  # noqa: E402
+from bigmed.models.catalogue import build, named_models  # noqa: E402
+
+MODELS = flags.DEFINE_list("models", ["resnet50", "vit_s16"], "Published names.")
+BATCH = flags.DEFINE_integer("batch", 8, "Images or texts a step.")
+SIZE = flags.DEFINE_integer("size", 224, "Of the images in pixels, or texts in tokens.")
+PRECISION = flags.DEFINE_enum("precision", "f32", list(precision.COMPUTE_DTYPES), "Of both.")
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each, after two for warming up.")
+LEARNING_RATE = 1e-3
+
+
+def inputs_of(module: Any) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    if hasattr(module, "vocab_size"):
+        shape = (BATCH.value, SIZE.value)
+        tokens = rng.integers(1, module.vocab_size, shape, np.int32)
+        return [tokens, np.ones(shape, np.int32)]
+    return [rng.random((BATCH.value, SIZE.value, SIZE.value, 3), np.float32)]
+
+
+def ours(module: Any, inputs: list[np.ndarray]) -> dict[str, Callable[[], None]]:
+    """{'forward', 'train'} of our module."""
+    x = [jnp.asarray(i) for i in inputs]
+    variables = jax.jit(lambda *x: module.init(jax.random.key(0), *x, train=False))(*x)
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    forward = jax.jit(lambda v, *x: module.apply(v, *x, train=False)[0])
+
+    def loss(params: Any, rest: Any, *x: jax.Array) -> tuple[jax.Array, Any]:
+        out, mutated = module.apply({"params": params, **rest}, *x, train=True, mutable=list(rest))
+        return jnp.mean(jnp.square(out[0])), mutated
+
+    @jax.jit
+    def step(params: Any, rest: Any, *x: jax.Array) -> tuple[Any, Any]:
+        grads, rest = jax.grad(loss, has_aux=True)(params, rest, *x)
+        return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads), rest
+
+    state = [variables["params"], rest]
+
+    def train() -> None:
+        state[:] = jax.block_until_ready(step(*state, *x))
+
+    return {"forward": lambda: jax.block_until_ready(forward(variables, *x)), "train": train}
+
+
+def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Callable[[], None]]:
+    """{'forward', 'train'} of the same encoder in transformers."""
+    import torch
+    import transformers
+
+    family = weights.family_of(section, "huggingface")
+    shapes = {k: v.shape for k, v in weights.abstract_leaves(module, SIZE.value, 3).items()}
+    described = family.describe(module, "huggingface", shapes)
+    config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
+    net = getattr(transformers, described["architectures"][0])(config)
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    net = net.to(device)
+    half = PRECISION.value == "bf16"
+    if inputs[0].ndim == 4:
+        net = net.to(memory_format=torch.channels_last)
+        x = {"pixel_values": torch.from_numpy(inputs[0]).permute(0, 3, 1, 2).to(device)}
+    else:
+        names = ("input_ids", "attention_mask")
+        x = {n: torch.from_numpy(i).long().to(device) for n, i in zip(names, inputs, strict=True)}
+    call = torch.compile(net) if device == "cuda" else net
+    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+
+    def features() -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            return call(**x).last_hidden_state.float()
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def forward() -> None:
+        net.eval()
+        with torch.no_grad():
+            features()
+        wait()
+
+    def train() -> None:
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        features().square().mean().backward()
+        optimizer.step()
+        wait()
+
+    return {"forward": forward, "train": train}
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table, a line for each model and mode."""
+    del argv
+    named = named_models()
+    print(
+        f"{BATCH.value} inputs of size {SIZE.value} a step, {PRECISION.value}, jax "
+        f"{jax.__version__} on {jax.devices()[0].device_kind}; medians of {STEPS.value}, in turns"
+    )
+    print(f"{'':14}{'':10}{'bigmed, ms':>12}{'PyTorch, ms':>12}{'medians':>12}{'fastest':>12}")
+    for name in MODELS.value:
+        if name not in named:
+            raise UserError(f"--models: '{name}': {did_you_mean(name, named)}")
+        module = build(named[name], precision.compute_dtype(PRECISION.value))
+        inputs = inputs_of(module)
+        mine, other = ours(module, inputs), theirs(named[name], module, inputs)
+        for mode in ("forward", "train"):
+            seconds = timing.time_in_turns({"a": mine[mode], "b": other[mode]}, STEPS.value)
+            a, b = (statistics.median(seconds[k]) for k in "ab")
+            fastest = min(seconds["b"]) / min(seconds["a"])
+            times = f"{a * 1e3:12.1f}{b * 1e3:12.1f}"
+            print(f"{name:14}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

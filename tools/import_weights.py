@@ -1,0 +1,91 @@
+"""Foreign weights of an encoder -> a folder that bigmed starts from and extracts features with.
+
+    python tools/import_weights.py --from torchvision --src resnet50.safetensors --model resnet50 \
+        --normalize imagenet --out DIR
+    python tools/import_weights.py --from huggingface --src FOLDER --normalize imagenet --out DIR
+
+--src is a .safetensors or .npz file, or a folder with model.safetensors (whole or in shards) and,
+where --model is left out, a config.json. A pickle (.pth, .bin) is read on request alone, by PyTorch
+in a process of its own. Every tensor of the source is used or listed as left over; a leaf that the
+source does not have is an error.
+
+Then: --config.init_from.weights=DIR (with the same --config.model, size, channels and normalize),
+or tools/extract_features.py --model DIR.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from bigmed.errors import EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean
+
+FROM = flags.DEFINE_string("from", None, "The naming: torchvision, timm, huggingface, npz, ...")
+SRC = flags.DEFINE_string("src", None, "The file or folder.")
+MODEL = flags.DEFINE_string("model", None, "A published name, e.g. resnet50; else config.json's.")
+OUT = flags.DEFINE_string("out", None, "The folder to make.")
+NORMALIZE = flags.DEFINE_enum(
+    "normalize", None, ["none", "imagenet", "half"],
+    "The pixels the weights were trained on: in [0, 1], so with ImageNet's moments, in [-1, 1].",
+)  # fmt: skip
+SIZE = flags.DEFINE_integer("size", 224, "Of the images; position codes are resampled to it.")
+CHANNELS = flags.DEFINE_integer("channels", 3, "Of the images, 1 or 3; the stem is refolded.")
+PREFIX = flags.DEFINE_string("prefix", None, "The nest that holds the model; else found out.")
+ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "Read a pickle that you trust.")
+SHOWN = 5  # names of left-over tensors
+
+
+def run(argv: list[str]) -> int:
+    """Parses the flags, writes the folder and returns the exit code."""
+    try:
+        flags.FLAGS(argv)
+        for flag in (FROM, SRC, OUT, NORMALIZE):
+            if flag.value is None:
+                raise UserError(f"--{flag.name} is needed")
+        _import()
+    except (UserError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return EXIT_OK
+
+
+def _import() -> None:
+    from bigmed.convert import weights
+    from bigmed.models.catalogue import named_models
+
+    if CHANNELS.value not in (1, 3):
+        raise UserError(f"--channels={CHANNELS.value}: valid: 1, 3")
+    named = named_models()
+    if MODEL.value is not None and MODEL.value not in named:
+        raise UserError(f"--model={MODEL.value}: {did_you_mean(MODEL.value, named)}")
+    source = pathlib.Path(SRC.value)
+    found = weights.import_weights(
+        source,
+        FROM.value,
+        named.get(MODEL.value),
+        size=SIZE.value,
+        channels=CHANNELS.value,
+        normalize=NORMALIZE.value,
+        prefix=PREFIX.value,
+        allow_pickle=ALLOW_PICKLE.value,
+    )
+    if found.fresh:
+        raise UserError(
+            f"{source} lacks {len(found.fresh)} leaves of the model: {_shown(found.fresh)}"
+        )
+    origin = {"file": source.name, "sha256": weights.sha256(source), "naming": FROM.value}
+    weights.save(found, pathlib.Path(OUT.value), origin)
+    count = sum(leaf.size for leaf in found.leaves.values())
+    print(f"{OUT.value}: {len(found.leaves)} leaves, {count:,} numbers, of {found.model}")
+    if found.left_over:
+        print(f"left over: {len(found.left_over)} tensors: {_shown(found.left_over)}")
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + more
+
+
+if __name__ == "__main__":
+    app.define_help_flags()
+    sys.exit(run(sys.argv))
