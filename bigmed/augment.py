@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bigmed import image_ops
 from bigmed.errors import UserError, did_you_mean
@@ -41,18 +42,19 @@ _RANGES = {
     "cutout_holes": (1, 100),
     "eval_crop": (0.01, 1.0),
 }
+# Mean and deviation of each channel, subtracted and divided by at the end. Grey images get
+# ImageNet's means over the channels.
+_MOMENTS = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 _CHOICES = {
     "random_crop": (True, False),
     "antialias": (True, False),
     "brightness": ("multiply", "add"),
     "blur_sigma_per": ("batch", "image"),
-    "normalize": ("none", "imagenet", "half"),
-}
-# Mean and deviation of each channel, subtracted and divided by at the end. Grey images get
-# ImageNet's means over the channels.
-_MOMENTS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "normalize": tuple(_MOMENTS),
 }
 _WHOLE = ("size", "cutout_holes")
 _PAIRS = ("crop_area", "crop_aspect", "blur_sigma")
@@ -205,13 +207,19 @@ def eval_transform(config: AugmentConfig, images: jax.Array, boxes: jax.Array) -
     return normalize(config, views)
 
 
+def moments(normalization: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, float32 [channels], that `normalize` subtracts and divides by."""
+    mean, deviation = (np.array(m, np.float32) for m in _MOMENTS[normalization])
+    if channels == 1:
+        return mean.mean(keepdims=True), deviation.mean(keepdims=True)
+    return mean, deviation
+
+
 def normalize(config: AugmentConfig, images: jax.Array) -> jax.Array:
     """[..., C] in [0, 1] -> what `config.normalize` makes of it."""
     if config.normalize == "none":
         return images
-    mean, deviation = (jnp.asarray(m, images.dtype) for m in _MOMENTS[config.normalize])
-    if images.shape[-1] == 1:
-        mean, deviation = jnp.mean(mean, keepdims=True), jnp.mean(deviation, keepdims=True)
+    mean, deviation = moments(config.normalize, images.shape[-1])
     expand = (None,) * (images.ndim - 1)
     return (images - mean[expand]) / deviation[expand]
 

@@ -10,9 +10,8 @@ from ml_collections.config_dict import placeholder
 
 def resnet(depth: int, width: int = 1, **overrides) -> ConfigDict:
     """A ResNet v1.5; `stem='small'` for images of 96 pixels and less."""
-    return ConfigDict(
-        {"name": "resnet", "depth": depth, "width": width, "remat": False, **overrides}
-    )
+    settings = {"depth": depth, "width": width, "stem": "imagenet", "remat": False}
+    return ConfigDict({"name": "resnet", **settings, **overrides})
 
 
 def vit(variant: str, **overrides) -> ConfigDict:

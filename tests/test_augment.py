@@ -336,3 +336,23 @@ def test_empty_boxes_of_filling_rows_stay_finite():
     config = dataclasses.replace(EVERYTHING, size=8, color_prob=0.0)
     assert np.isfinite(apply(config, jax.random.key(0), images, boxes)).all()
     assert np.isfinite(augment.eval_transform(config, images, boxes)).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalisation_comes_last_in_views_and_in_evaluation(channels):
+    image = np.random.default_rng(0).integers(0, 256, (2, 20, 20, channels), np.uint8)
+    boxes = np.tile(np.array([0, 0, 20, 20], np.int32), (2, 1))
+    plain = augment.from_config({"recipe": "none", "size": 20, "eval_crop": 1.0})
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    if channels == 1:
+        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+    for name, expected in (
+        ("none", image / 255), ("half", image / 127.5 - 1), ("imagenet", (image / 255 - mean) / std)
+    ):  # fmt: skip
+        settings = dataclasses.replace(plain, normalize=name)
+        views = augment.eval_transform(settings, image, boxes)
+        np.testing.assert_allclose(views, expected, rtol=0, atol=2e-5)
+        drawn = augment.augment(settings, jax.random.key(0), image, boxes)
+        np.testing.assert_allclose(drawn, expected, rtol=0, atol=2e-5)
+    with pytest.raises(UserError, match="config.augment.normalize='imagnet'"):
+        augment.from_config({"normalize": "imagnet"})

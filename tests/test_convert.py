@@ -347,6 +347,24 @@ def test_a_run_is_exported_loaded_by_transformers_and_imported_again_bit_equal(r
     np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("section", "normalize", "mean", "std"),
+    [
+        (RESNET18, "none", 0.0, 1.0),
+        (RESNET18, "imagenet", 0.449, 0.226),
+        ({"name": "bit", "depth": 50, "width": 1}, "none", 0.5, 0.5),
+        ({"name": "bit", "depth": 50, "width": 1}, "half", 0.75, 0.25),  # [0, 1], [-1, 1], [-3, 1]
+    ],
+)
+def test_timms_config_says_the_normalisation(tmp_path, section, normalize, mean, std):
+    shapes = weights.abstract_leaves(build(section), 64, 1)
+    leaves = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    export.export(weights.Weights(section, 64, 1, normalize, leaves), "timm", tmp_path / "out", "")
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert described["mean"][0] == pytest.approx(mean, abs=1e-6)
+    assert described["std"][0] == pytest.approx(std, abs=1e-6)
+
+
 def test_a_stage_starts_from_imported_weights_and_says_what_does_not_fit(run, tmp_path):
     out = tmp_path / "exported"
     stage_weights, facts = export.from_run(run)

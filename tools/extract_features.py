@@ -14,10 +14,11 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+import command  # beside this file
 import numpy as np
 from absl import app, flags
 
-from bigmed.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from bigmed.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "Where the weights are.")
 STAGE = flags.DEFINE_string("stage", None, "Of a run; else the last one done.")
@@ -30,23 +31,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 Batches = Iterator[tuple[np.ndarray, np.ndarray, int]]  # images, boxes, how many are real
 
 
-def run(argv: list[str]) -> int:
-    """Parses the flags, writes the file and returns the exit code."""
-    try:
-        flags.FLAGS(argv)
-        for flag in (MODEL, DATA, OUT):
-            if flag.value is None:
-                raise UserError(f"--{flag.name} is needed")
-        if BATCH.value < 1:
-            raise UserError(f"--batch_size={BATCH.value}: valid: 1 and more")
-        _extract()
-    except (UserError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return EXIT_OK
-
-
 def _extract() -> None:
+    if BATCH.value < 1:
+        raise UserError(f"--batch_size={BATCH.value}: valid: 1 and more")
     from bigmed.convert.encoder import Encoder
     from bigmed.evaluators.features import write_npz
     from bigmed.metrics import Progress
@@ -110,4 +97,4 @@ def _of_dataset(folder: pathlib.Path, encoder) -> tuple[Batches, dict[str, np.nd
 
 if __name__ == "__main__":
     app.define_help_flags()
-    sys.exit(run(sys.argv))
+    sys.exit(command.run(sys.argv, (MODEL, DATA, OUT), _extract))

@@ -16,9 +16,10 @@ or tools/extract_features.py --model DIR.
 import pathlib
 import sys
 
+import command  # beside this file
 from absl import app, flags
 
-from bigmed.errors import EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean
+from bigmed.errors import UserError, did_you_mean
 
 FROM = flags.DEFINE_string("from", None, "The naming: torchvision, timm, huggingface, npz, ...")
 SRC = flags.DEFINE_string("src", None, "The file or folder.")
@@ -33,20 +34,6 @@ CHANNELS = flags.DEFINE_integer("channels", 3, "Of the images, 1 or 3; the stem 
 PREFIX = flags.DEFINE_string("prefix", None, "The nest that holds the model; else found out.")
 ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "Read a pickle that you trust.")
 SHOWN = 5  # names of left-over tensors
-
-
-def run(argv: list[str]) -> int:
-    """Parses the flags, writes the folder and returns the exit code."""
-    try:
-        flags.FLAGS(argv)
-        for flag in (FROM, SRC, OUT, NORMALIZE):
-            if flag.value is None:
-                raise UserError(f"--{flag.name} is needed")
-        _import()
-    except (UserError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return EXIT_OK
 
 
 def _import() -> None:
@@ -88,4 +75,4 @@ def _shown(names: tuple[str, ...]) -> str:
 
 if __name__ == "__main__":
     app.define_help_flags()
-    sys.exit(run(sys.argv))
+    sys.exit(command.run(sys.argv, (FROM, SRC, OUT, NORMALIZE), _import))

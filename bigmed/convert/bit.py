@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmed.convert.mapping import CONV, SAME, Entry
+from bigmed.convert.mapping import CONV, SAME, Entry, timm_config
 from bigmed.errors import UserError, did_you_mean
 from bigmed.models import bit
 
@@ -99,15 +99,8 @@ def describe(model: bit.Model, naming: str, shapes: Mapping[str, Sequence[int]])
             f"timm has no BiT of config.model.depth={model.depth} and width={model.width}; "
             f"valid depth and width: {valid}"
         )
-    return {
-        "architecture": f"resnetv2_{size}_bit",
-        "num_classes": 0,
-        "num_features": model.feature_dim,
-        "global_pool": "avg",
-        "model_args": {"in_chans": channels},
-        # the model's own [-1, 1] of images in [0, 1]
-        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0},
-    }
+    # the model's own [-1, 1] of images in [0, 1]
+    return timm_config(f"resnetv2_{size}_bit", model.feature_dim, channels, mean=0.5, std=0.5)
 
 
 def from_description(config: Mapping[str, Any]) -> dict[str, Any]:

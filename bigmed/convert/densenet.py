@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bigmed.convert.mapping import CONV, Entry
-from bigmed.errors import UserError, did_you_mean
+from bigmed.convert.mapping import CONV, Entry, timm_config, timm_named
+from bigmed.errors import UserError
 from bigmed.models import densenet
 
 NAMINGS = ("torchvision", "timm")
@@ -74,15 +74,7 @@ def describe(
             f"config.model.stem='{model.stem}' of a DenseNet cannot be described for torchvision "
             "or timm; valid: imagenet"
         )
-    return {
-        "architecture": f"densenet{model.depth}",
-        "num_classes": 0,
-        "num_features": model.feature_dim,
-        "global_pool": "avg",
-        "model_args": {"in_chans": shapes[STEM][2]},
-        # our images are in [0, 1], without mean and deviation
-        "pretrained_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3, "num_classes": 0},
-    }
+    return timm_config(f"densenet{model.depth}", model.feature_dim, shapes[STEM][2])
 
 
 def from_description(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,8 +83,4 @@ def from_description(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: another architecture.
     """
-    name = str(config.get("architecture"))
-    found = re.fullmatch(r"(densenet\d+)(\..*)?", name)
-    if not found or found[1] not in densenet.NAMED:
-        raise UserError(f"architecture '{name}': {did_you_mean(name, densenet.NAMED)}")
-    return dict(densenet.NAMED[found[1]])
+    return timm_named(config, densenet.NAMED)

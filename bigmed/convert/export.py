@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmed import checkpoint
+from bigmed import augment, checkpoint
 from bigmed.convert import mapping
 from bigmed.convert import weights as ours
 from bigmed.errors import UserError, did_you_mean
@@ -85,10 +85,21 @@ def export(
     shapes = {path: leaf.shape for path, leaf in weights.leaves.items()}
     files: dict[str, Any] = {"README.md": card}
     if naming != "npz":
-        files["config.json"] = family.describe(module, naming, shapes)
+        described = family.describe(module, naming, shapes)
+        if "pretrained_cfg" in described:
+            _normalise_first(described["pretrained_cfg"], weights)
+        files["config.json"] = described
     name = "weights.npz" if naming == "npz" else "model.safetensors"
     ours.write_folder(folder, tensors, name, files)
     return tensors
+
+
+def _normalise_first(pretrained_cfg: dict[str, Any], weights: ours.Weights) -> None:
+    """timm normalises once: ours, and then what the network itself does."""
+    mean, deviation = augment.moments(weights.normalize, weights.channels)
+    inner_mean, inner_std = (np.array(pretrained_cfg[key]) for key in ("mean", "std"))
+    pretrained_cfg["mean"] = [round(float(x), 6) for x in mean + deviation * inner_mean]
+    pretrained_cfg["std"] = [round(float(x), 6) for x in deviation * inner_std]
 
 
 def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, licence: str) -> str:

@@ -22,10 +22,11 @@ variables: 'params/stem/conv/kernel', 'batch_stats/stem/norm/mean'.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from bigmed.errors import UserError
+from bigmed.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,40 @@ def to_theirs(
         ):
             tensors[name] = np.ascontiguousarray(tensor)
     return tensors
+
+
+def timm_config(
+    architecture: str, features: int, channels: int, *, mean: float = 0.0, std: float = 1.0
+) -> dict[str, Any]:
+    """timm's config.json of a convolutional network without a classifier.
+
+    Args:
+      architecture: timm's name.
+      features: length of the feature vector.
+      channels: of the images.
+      mean, std: what the network itself does to our images in [0, 1].
+    """
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": features,
+        "global_pool": "avg",
+        "model_args": {"in_chans": channels},
+        "pretrained_cfg": {"mean": [mean] * channels, "std": [std] * channels, "num_classes": 0},
+    }
+
+
+def timm_named(config: Mapping[str, Any], named: Mapping[str, Mapping]) -> dict[str, Any]:
+    """The section of `named` that a timm config.json means, e.g. by 'densenet121.tv_in1k'.
+
+    Raises:
+      UserError: none of them.
+    """
+    architecture = str(config.get("architecture"))
+    name = architecture.partition(".")[0]
+    if name not in named:
+        raise UserError(f"architecture '{architecture}': {did_you_mean(name, named)}")
+    return dict(named[name])
 
 
 def refold_stem(kernel: np.ndarray, channels: int, wanted: int) -> np.ndarray:

@@ -5,12 +5,11 @@ PyTorch pads the max-pooling on every side: `stem='torchvision'`. Its `num_batch
 counterpart here: left over on import, absent from an export, filled in by PyTorch itself.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from bigmed.convert.mapping import CONV, Entry
-from bigmed.errors import UserError, did_you_mean
+from bigmed.convert.mapping import CONV, Entry, timm_config, timm_named
+from bigmed.errors import UserError
 from bigmed.models import resnet
 
 NAMINGS = ("torchvision", "timm", "huggingface")
@@ -86,15 +85,7 @@ def describe(model: resnet.Model, naming: str, shapes: Mapping[str, Any]) -> dic
         }
     if model.width != 1:
         raise UserError(f"config.model.width={model.width}: timm and torchvision have 1 alone")
-    return {
-        "architecture": f"resnet{model.depth}",
-        "num_classes": 0,
-        "num_features": model.feature_dim,
-        "global_pool": "avg",
-        "model_args": {"in_chans": channels},
-        # our images are in [0, 1], without mean and deviation
-        "pretrained_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3, "num_classes": 0},
-    }
+    return timm_config(f"resnet{model.depth}", model.feature_dim, channels)
 
 
 def from_description(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,11 +102,7 @@ def from_description(config: Mapping[str, Any]) -> dict[str, Any]:
                 width = int(config["embedding_size"]) // 64
                 return {"name": "resnet", "depth": depth, "width": width, "stem": "torchvision"}
         raise UserError(f"config.json: no ResNet here has depths {list(depths)}")
-    name = str(config.get("architecture"))
-    found = re.fullmatch(r"(resnet\d+)(\..*)?", name)
-    if not found or found[1] not in resnet.NAMED:
-        raise UserError(f"architecture '{name}': {did_you_mean(name, resnet.NAMED)}")
-    return dict(resnet.NAMED[found[1]])
+    return timm_named(config, resnet.NAMED)
 
 
 def _check_describable(model: resnet.Model) -> None:
