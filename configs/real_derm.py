@@ -5,8 +5,8 @@
 DATA/derm_ham10000 is prepared as docs/results.md says: 5,352 photographs of 2,809 lesions, of which
 1,956 have two to six; the nearest open stand-in for the dermatology cases of "Big Self-Supervised
 Models Advance Medical Image Classification" (arXiv 2101.05224). The set names lesions and no
-patients, so splits and intervals are by lesion. Three seeds. Hours: 0.3 on 2 CPU cores. Expected
-metric: linear-probe macro AUC 0.73 untrained, 0.77 after SimCLR, 0.78 after MICLe
+patients, so splits and intervals are by lesion. Three seeds. Hours: 0.3 on 2 CPU cores.
+Expected metric: linear-probe macro AUC 0.73 untrained, 0.77 after SimCLR, 0.78 after MICLe
 (docs/results.md). Network, image size and number of steps are what two cores finish, far below the
 paper's.
 """

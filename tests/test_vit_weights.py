@@ -285,7 +285,8 @@ def test_timm_registers_have_no_code(foreign):
     # without its own code, the class token takes it over: the same features
     variables = tree.unflatten(leaves)
     full, _, _ = parity.load(table, coded, "huggingface", state, parity.image_spec(24))
-    variables["params"]["cls"] += full["params"]["pos_embedding"][:, :1]
+    params = variables["params"]
+    params["cls"] = params["cls"] + full["params"]["pos_embedding"][:, :1]  # not in place: a view
     found, expected = (
         jax.jit(lambda v, m=m: m.apply(v, images(), train=False)[0])(v)
         for m, v in ((model, variables), (coded, full))
