@@ -58,6 +58,7 @@ _CHOICES = {
 }
 _WHOLE = ("size", "cutout_holes")
 _PAIRS = ("crop_area", "crop_aspect", "blur_sigma")
+PREPROCESSING = ("size", "eval_crop", "antialias", "normalize")  # what `eval_transform` goes by
 # What an example draws besides its crop and the places of its holes: one number in [0, 1) for each.
 _DRAWS = (
     *("equalize", "rotation", "flip", "color", "order", "brightness", "contrast", "saturation"),

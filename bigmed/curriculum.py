@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bigmed import checkpoint, sharding, train, tree
+from bigmed import augment, checkpoint, sharding, train, tree
 from bigmed.convert import weights as foreign
 from bigmed.data import phantom, sources
 from bigmed.errors import Preempted, UserError, did_you_mean
@@ -165,13 +165,15 @@ def _make_ready(
             "give one of stage (an earlier one), checkpoints (of a stage of another run) and "
             "weights (a folder of tools/import_weights.py, or a foreign file and its naming)"
         )
-    if source.weights and not pathlib.Path(source.weights).exists():
-        raise UserError(f"init_from.weights: no file or folder {source.weights}")
-    if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
-        raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
+    if source.naming and not source.weights:
+        raise UserError(
+            f"init_from.naming='{source.naming}' is of init_from.weights, which is empty"
+        )
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
     if (source.weights or source.checkpoints) and not stage.checkpoints.is_dir():
+        if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
+            raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
         weights, load, skip, _ = _handed_over(stage, record, workdir)
         abstract = {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
         tree.merge(abstract, weights, load, skip)  # refuses what does not fit, before anything runs
@@ -205,8 +207,8 @@ def _run_entry(
     if state is None:
         weights, load, skip, lineage = _handed_over(stage, record, workdir)
         state = train.fresh(stage, weights, load, skip)
-        described = _describe_encoder(stage.config)
-        record.update(entry, state="running", init_from=lineage, encoder=described)
+        record.update(entry, state="running", init_from=lineage)
+    record.update(entry, encoder=_describe_encoder(stage.config))
     log.info(
         "%s: %s parameters, %s, steps %d to %d",
         stage.label,
@@ -229,11 +231,12 @@ def _run_entry(
 
 def _describe_encoder(config: ConfigDict) -> dict[str, Any]:
     """What a stage's weights are worth nothing without; for those who export them."""
+    settings = augment.from_config(config.augment)
     return {
-        "model": config.model.to_dict(),
-        "size": config.augment.size,
+        "model": {key: value for key, value in config.model.items() if value is not None},
+        **{key: getattr(settings, key) for key in augment.PREPROCESSING},
         "channels": config.data.channels,
-        "normalize": config.augment.normalize or "none",
+        "canvas": config.data.canvas,
         "objective": config.objective.name,
         "batch_size": config.data.batch_size,
         "sources": sorted(config.data.sources),
@@ -271,6 +274,7 @@ def _handed_over(
         pattern for pattern in carried if any(tree.matches((pattern,), name) for name in here)
     )
     lineage = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
+    lineage |= {"naming": source.naming} if source.naming else {}
     return weights, load, tuple(source.skip), lineage
 
 
@@ -285,8 +289,6 @@ def _foreign(stage: train.Stage) -> dict[str, Any]:
     path = pathlib.Path(source.weights)
     if source.naming:
         found = foreign.import_weights(path, source.naming, config.model, **form)
-        if found.left_over:
-            log.info("%s: left over: %s", path.name, ", ".join(found.left_over))
     else:
         found = foreign.load(path)
         foreign.check_same_model(found.model, stage.objective.backbone, path)

@@ -118,7 +118,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     changed = [
         f"config.{name.replace('/', '.')} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not tree.matches(FREE_KEYS, name)
+        if (old.get(name) or None) != (new.get(name) or None)  # new keys begin empty
+        and not tree.matches(FREE_KEYS, name)
     ]
     if changed:
         raise UserError(

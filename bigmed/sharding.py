@@ -73,16 +73,17 @@ def host_block(mesh: Mesh) -> tuple[int, int]:
     them, make the same block.
 
     Raises:
-      UserError: the rows of this process do not lie together.
+      UserError: the rows of this or another process do not lie together.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     here = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
     rows = sorted({row for (index,) in here for row in range(shards)[index]})
     index, rest = divmod(rows[0], len(rows))
-    if rest or shards % len(rows) or rows != list(range(rows[0], rows[0] + len(rows))):
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    if not everywhere(together and not rest and not shards % len(rows)):
         raise UserError(
-            f"config.mesh: process {jax.process_index()} would hold rows {rows} of {shards}, which "
-            "is no block; let the devices of a process be a multiple of mesh.tensor, or divide it"
+            f"config.mesh: not every process would hold a block of rows (this one: {rows} of "
+            f"{shards}); let the devices of a process be a multiple of mesh.tensor, or divide it"
         )
     return index, shards // len(rows)
 

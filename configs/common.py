@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 def resnet(depth: int, width: int = 1, **overrides) -> ConfigDict:
     """A ResNet v1.5; `stem='small'` for images of 96 pixels and less."""
-    settings = {"depth": depth, "width": width, "stem": "imagenet", "remat": False}
+    settings = {"depth": depth, "width": width, "stem": placeholder(str), "remat": False}
     return ConfigDict({"name": "resnet", **settings, **overrides})
 
 

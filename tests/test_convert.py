@@ -365,6 +365,53 @@ def test_timms_config_says_the_normalisation(tmp_path, section, normalize, mean,
     assert described["std"][0] == pytest.approx(std, abs=1e-6)
 
 
+def test_npz_comes_back_bit_equal_and_is_npz(run, tmp_path):
+    stage_weights, _ = export.from_run(run)
+    export.export(stage_weights, "npz", tmp_path / "out", "card")
+    with np.load(tmp_path / "out" / "weights.npz", allow_pickle=False) as file:
+        assert "Transformer/encoder_norm/scale" in file.files
+    form = {"size": 32, "channels": 1}
+    again = weights.import_weights(tmp_path / "out" / "weights.npz", "npz", VIT, **form)
+    assert not again.fresh and not again.left_over
+    for name, leaf in stage_weights.leaves.items():
+        np.testing.assert_array_equal(again.leaves[name], leaf, err_msg=name)
+
+
+def test_a_torn_stage_is_not_exported_with_the_metrics_of_its_end(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    last = max((copy / "00_simclr" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    stages = json.loads((copy / "curriculum.json").read_text())
+    stages["stages"][0]["steps"] = int(last.name) + 1  # as if a later one had been set aside
+    (copy / "curriculum.json").write_text(json.dumps(stages))
+    with pytest.raises(UserError, match="last checkpoint of '00_simclr' is torn"):
+        export.from_run(copy)
+
+
+def test_what_stands_outside_the_nest_is_left_over_and_never_used(tmp_path):
+    state = parity.numpy_state(torch_resnet(18))
+    nested = {f"module.{name}": tensor for name, tensor in state.items()}
+    lost = nested.pop("module.bn1.weight")
+    save_file({**nested, "bn1.weight": 7 * lost, "fc.weight": lost}, tmp_path / "w.safetensors")
+    found = weights.import_weights(tmp_path / "w.safetensors", "torchvision", RESNET18, size=64)
+    assert found.fresh == ("params/stem/norm/scale",)
+    assert "bn1.weight" in found.left_over and found.left_over.count("fc.weight") == 2
+
+
+def test_numbers_that_are_no_weights_are_refused(tmp_path):
+    state = parity.numpy_state(torch_resnet(18))
+    state["bn1.weight"] = np.ones(64, np.int8)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="'bn1.weight' is of int8"):
+        weights.import_weights(tmp_path / "w.safetensors", "torchvision", RESNET18, size=64)
+
+
+def test_the_encoder_refuses_pixels_that_it_would_misread(run):
+    encoder = Encoder.load(run)
+    for wrong in (np.full((1, 40, 40, 1), 200.0, np.float32), np.ones((1, 40, 40, 1), np.int32)):
+        with pytest.raises(UserError, match="valid: uint8, uint16, or floats in"):
+            encoder(wrong)
+
+
 def test_a_stage_starts_from_imported_weights_and_says_what_does_not_fit(run, tmp_path):
     out = tmp_path / "exported"
     stage_weights, facts = export.from_run(run)
@@ -386,6 +433,8 @@ def test_a_stage_starts_from_imported_weights_and_says_what_does_not_fit(run, tm
     (imported / "encoder.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is .* in the model and .* in the file"):
         vit_run(tmp_path / "refused", {"weights": str(imported)})
+    with pytest.raises(UserError, match=r"init_from\.naming='timm' is of init_from\.weights"):
+        vit_run(tmp_path / "refused", {"naming": "timm"})
     with pytest.raises(UserError, match="has checkpoints and weights; give one of"):
         vit_run(tmp_path / "refused", {"weights": str(out), "checkpoints": str(out)})
 
@@ -410,12 +459,16 @@ def test_features_of_a_folder_of_real_images_and_of_a_data_set(run, tmp_path, sh
         cosine = (encoder(image)[0] @ feature) / np.linalg.norm(feature) ** 2
         assert cosine == pytest.approx(1, abs=0.05)  # shrunk to the canvas first, or at once
 
+    # the same features as the run's own evaluation cached
     dataset = next((run / "data" / "phantom").rglob("dataset_info.json")).parent
     done = tool("extract_features", f"--model={run}", f"--data={dataset}", "--split=test",
                 f"--out={out}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     with np.load(out, allow_pickle=False) as file:
         assert len(file["features"]) == len(file["labels"]) == len(file["records"])
+        cached = [np.load(path, allow_pickle=False)["x"] for path in (run / "features").iterdir()]
+        same = [x for x in cached if x.shape == file["features"].shape]
+        assert any(np.allclose(x, file["features"], rtol=0, atol=1e-5) for x in same)
     (folder / "broken.png").write_bytes(b"no image")
     out.unlink()
     done = tool("extract_features", f"--model={run}", f"--data={folder}", f"--out={out}")

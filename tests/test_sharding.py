@@ -73,5 +73,5 @@ def test_the_block_of_rows_that_a_process_makes(monkeypatch):
     assert block({0, 1, 2, 3}) == (0, 2) and block({4, 5, 6, 7}) == (1, 2)
     assert block({4, 5}) == (2, 4)
     assert block({4}) == (2, 4)  # the tensor axis spans processes: both make the same rows
-    with pytest.raises(UserError, match=r"rows \[0, 3\] of 4"):
+    with pytest.raises(UserError, match=r"this one: \[0, 3\] of 4"):
         block({0, 6})

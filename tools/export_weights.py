@@ -13,7 +13,7 @@ import command  # beside this file
 from absl import app, flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
-STAGE = flags.DEFINE_string("stage", None, "The folder of a stage in it; else the last one done.")
+STAGE = flags.DEFINE_string("stage", None, "The folder of a stage in it, where it has several.")
 TO = flags.DEFINE_string("to", None, "timm, torchvision, huggingface or npz.")
 OUT = flags.DEFINE_string("out", None, "The folder to make.")
 LICENCE = flags.DEFINE_string("license", "unknown", "For the model card; yours to choose.")
@@ -21,7 +21,9 @@ LICENCE = flags.DEFINE_string("license", "unknown", "For the model card; yours t
 
 def _export() -> None:
     from bigmed.convert import export
+    from bigmed.convert.weights import check_out
 
+    check_out(pathlib.Path(OUT.value))
     weights, facts = export.from_run(pathlib.Path(WORKDIR.value), STAGE.value)
     card = export.model_card(weights, facts, TO.value, LICENCE.value)
     tensors = export.export(weights, TO.value, pathlib.Path(OUT.value), card)

@@ -21,7 +21,7 @@ from absl import app, flags
 from bigmed.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "Where the weights are.")
-STAGE = flags.DEFINE_string("stage", None, "Of a run; else the last one done.")
+STAGE = flags.DEFINE_string("stage", None, "Of a run that has several.")
 DATA = flags.DEFINE_string("data", None, "Where the images are.")
 SPLIT = flags.DEFINE_string("split", "train", "Of a prepared data set.")
 OUT = flags.DEFINE_string("out", None, "The .npz to write.")
@@ -41,6 +41,8 @@ def _extract() -> None:
     data = pathlib.Path(DATA.value)
     if not data.is_dir():
         raise UserError(f"--data: no folder {data}")
+    if pathlib.Path(OUT.value).is_dir():
+        raise UserError(f"--out {OUT.value} is a folder; give a file")
     encoder = Encoder.load(MODEL.value, STAGE.value)
     prepared = (data / "dataset_info.json").is_file()
     batches, beside = (_of_dataset if prepared else _of_folder)(data, encoder)

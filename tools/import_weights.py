@@ -40,11 +40,10 @@ def _import() -> None:
     from bigmed.convert import weights
     from bigmed.models.catalogue import named_models
 
-    if CHANNELS.value not in (1, 3):
-        raise UserError(f"--channels={CHANNELS.value}: valid: 1, 3")
     named = named_models()
     if MODEL.value is not None and MODEL.value not in named:
         raise UserError(f"--model={MODEL.value}: {did_you_mean(MODEL.value, named)}")
+    weights.check_out(pathlib.Path(OUT.value))
     source = pathlib.Path(SRC.value)
     found = weights.import_weights(
         source,

@@ -17,6 +17,7 @@ from bigmed.models import bit
 NAMINGS = ("npz", "huggingface", "timm")
 # Of three channels for grey images too, which the model takes as three equal channels.
 STEM = "params/stem/kernel"
+PIXELS = (0.5, 0.5)  # [0, 1] to [-1, 1]
 
 _SIZES = (256, 512, 1024, 2048)  # channels after each stage, at width 1
 # A BitConfig's settings of which BiT has one value, which is also the default.
@@ -99,8 +100,7 @@ def describe(model: bit.Model, naming: str, shapes: Mapping[str, Sequence[int]])
             f"timm has no BiT of config.model.depth={model.depth} and width={model.width}; "
             f"valid depth and width: {valid}"
         )
-    # the model's own [-1, 1] of images in [0, 1]
-    return timm_config(f"resnetv2_{size}_bit", model.feature_dim, channels, mean=0.5, std=0.5)
+    return timm_config(f"resnetv2_{size}_bit", model.feature_dim, channels)
 
 
 def from_description(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,20 +17,23 @@ from bigmed.models.catalogue import build
 class Encoder:
     """Images -> features, with the preprocessing that bigmed evaluates with.
 
-        encoder = Encoder.load("RUN")
+        encoder = Encoder.load("RUN", "01_simclr")
         features = encoder(images)  # uint8 [B, H, W, C] -> float32 [B, D]
 
     Attributes:
       channels: C of the images.
-      canvas: a size that images need not exceed: they are cropped and shrunk to less.
+      canvas: the size that data sets are put on, larger images being shrunk, before they get here.
       feature_dim: D.
     """
 
     def __init__(self, weights: ours.Weights):
         module = build(weights.model)
-        settings = augment.AugmentConfig(size=weights.size, normalize=weights.normalize)
+        if hasattr(module, "vocab_size"):
+            raise UserError(f"a {weights.model['name']} encodes texts; this takes images")
+        form = {key: getattr(weights, key) for key in augment.PREPROCESSING}
+        settings = augment.AugmentConfig(**form)
         self.channels, self.feature_dim = weights.channels, module.feature_dim
-        self.canvas = math.ceil(settings.size / settings.eval_crop)
+        self.canvas = weights.canvas or math.ceil(settings.size / settings.eval_crop)
         self._variables = jax.device_put(tree.unflatten(weights.leaves))
 
         def embed(variables: dict, images: jax.Array, boxes: jax.Array) -> jax.Array:
@@ -48,6 +51,8 @@ class Encoder:
         """
         folder = pathlib.Path(folder)
         if (folder / ours.DESCRIPTION).is_file():
+            if stage is not None:
+                raise UserError(f"{folder} has no stages: it is of tools/import_weights.py")
             return cls(ours.load(folder))
         return cls(export.from_run(folder, stage)[0])
 
@@ -62,12 +67,19 @@ class Encoder:
           float32 [B, D].
 
         Raises:
-          UserError: another number of channels.
+          UserError: another number of channels, or pixels of another kind.
         """
         if images.ndim != 4 or images.shape[-1] != self.channels:
             raise UserError(
                 f"images of shape {images.shape}: the encoder takes [B, H, W, {self.channels}]"
             )
+        if images.dtype not in (np.uint8, np.uint16):
+            floating = images.dtype.kind == "f" and images.size and images.max() <= 1
+            if not floating:
+                raise UserError(
+                    f"images of {images.dtype} up to {images.max()}: valid: uint8, uint16, or "
+                    "floats in [0, 1]"
+                )
         if boxes is None:
             boxes = np.tile(np.array([0, 0, *images.shape[1:3]], np.int32), (len(images), 1))
         return np.asarray(self._embed(self._variables, jnp.asarray(images), jnp.asarray(boxes)))

@@ -19,11 +19,12 @@ def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weig
 
     Args:
       workdir: of the run.
-      stage: the folder of a stage, '02_micle'; None: the last one that is done.
+      stage: the folder of a stage, '02_micle'; None where one alone is done.
 
     Returns:
-      (weights, facts): facts are `stage`, `seed`, `steps`, `objective`, `batch_size`, `sources`,
-      `git_commit`, `config_sha256` and `results`, the rows that were measured on the stage.
+      (weights, facts): facts are `stage`, `seed`, `steps`, `init_from` (the stage or file that the
+      weights were taken from), `objective`, `batch_size`, `sources`, `git_commit`,
+      `config_sha256` and `results`, the rows that were measured on the stage.
 
     Raises:
       UserError: no run there, no such stage, or one that has no whole checkpoint.
@@ -37,15 +38,24 @@ def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weig
     done = {s["directory"]: s for s in stages if s["state"] == "done"}
     if not done:
         raise UserError(f"no stage of {workdir} is done")
-    stage = stage or list(done)[-1]
+    if stage is None and len(done) > 1:
+        raise UserError(f"{workdir} has several stages; give --stage: {', '.join(done)}")
+    stage = stage or list(done)[0]
     if stage not in done:
         raise UserError(f"no finished stage '{stage}' in {workdir}; {did_you_mean(stage, done)}")
-    encoder = done[stage]["encoder"]
+    encoder = done[stage].get("encoder")
+    if encoder is None:
+        raise UserError(f"{workdir}: an older version made '{stage}' and did not note its model")
     flat, meta = checkpoint.load_flat(
         workdir / stage / "checkpoints", ("(params|batch_stats)/backbone/.*",)
     )
+    if meta["step"] != done[stage]["steps"]:
+        raise UserError(
+            f"the last checkpoint of '{stage}' is torn; run the same command again to train its "
+            "end anew"
+        )
     weights = ours.Weights(
-        **{key: encoder[key] for key in ("model", "size", "channels", "normalize")},
+        **{key: encoder[key] for key in ours.FORM},
         leaves={name.replace("/backbone/", "/", 1): leaf for name, leaf in flat.items()},
     )
     path = workdir / "results.json"
@@ -55,6 +65,7 @@ def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weig
         **key,
         **{name: encoder[name] for name in ("objective", "batch_size", "sources")},
         "steps": meta["step"],
+        "init_from": (done[stage].get("init_from") or {}).get("checkpoint"),
         "git_commit": described["git_commit"],
         "config_sha256": ours.sha256(workdir / "config.json"),
         "results": [row for row in rows if all(row[k] == v for k, v in key.items())],
@@ -87,29 +98,32 @@ def export(
     if naming != "npz":
         described = family.describe(module, naming, shapes)
         if "pretrained_cfg" in described:
-            _normalise_first(described["pretrained_cfg"], weights)
+            mean, std = pixel_moments(weights)
+            described["pretrained_cfg"] |= {"mean": mean, "std": std}
         files["config.json"] = described
     name = "weights.npz" if naming == "npz" else "model.safetensors"
     ours.write_folder(folder, tensors, name, files)
     return tensors
 
 
-def _normalise_first(pretrained_cfg: dict[str, Any], weights: ours.Weights) -> None:
-    """timm normalises once: ours, and then what the network itself does."""
+def pixel_moments(weights: ours.Weights) -> tuple[list[float], list[float]]:
+    """Mean and deviation to normalise images in [0, 1] with for the exported network.
+
+    They join ours and what our network does by itself, which the exported one does not.
+    """
+    family = ours.families().get(weights.model["name"])
+    inner_mean, inner_deviation = getattr(family, "PIXELS", mapping.PIXELS)
     mean, deviation = augment.moments(weights.normalize, weights.channels)
-    inner_mean, inner_std = (np.array(pretrained_cfg[key]) for key in ("mean", "std"))
-    pretrained_cfg["mean"] = [round(float(x), 6) for x in mean + deviation * inner_mean]
-    pretrained_cfg["std"] = [round(float(x), 6) for x in deviation * inner_std]
+    joined = mean + deviation * inner_mean, deviation * inner_deviation
+    return tuple([round(float(x), 6) for x in values] for values in joined)
 
 
 def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, licence: str) -> str:
     """A README.md: what the encoder is, what it takes, what was measured. No folder, no patient."""
     image = f"{weights.size} x {weights.size} pixels, {weights.channels} channel(s)"
-    pixels = {
-        "none": "pixels in [0, 1], no mean or deviation subtracted",
-        "imagenet": "pixels in [0, 1], then ImageNet's mean and deviation",
-        "half": "pixels in [-1, 1]",
-    }[weights.normalize]
+    mean, deviation = pixel_moments(weights)
+    pixels = f"pixels in [0, 1], less {mean}, divided by {deviation}"
+    trained = f"{facts['objective']}, {facts['steps']} steps of {facts['batch_size']}"
     lines = [
         "---",
         f"license: {licence}",
@@ -118,12 +132,12 @@ def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, lic
         "",
         f"# Image encoder: {weights.model['name']}",
         "",
-        "Pretrained with bigmed without labels. Not a medical device.",
+        "From bigmed, self-supervised pretraining on medical images. Not a medical device.",
         "",
         f"- model: `{json.dumps(weights.model)}`",
         f"- input: {image}, {pixels}",
-        f"- objective: {facts['objective']}, {facts['steps']} steps of {facts['batch_size']}, "
-        f"seed {facts['seed']}",
+        f"- trained: {trained if facts['steps'] else 'not at all'}, seed {facts['seed']}",
+        f"- started from: {facts['init_from'] or 'random weights'}",
         f"- data: {', '.join(facts['sources'])}",
         f"- config: sha256 {facts['config_sha256']}, commit {facts['git_commit']}",
         "",

@@ -10,8 +10,9 @@ A family's module in this package defines
                              shape of every leaf by path (for the size and channels of images)
   from_description(config)   a foreign config.json -> our `config.model` section
 
-and, where names or sizes of foreign tensors vary,
+and, where the network scales pixels by itself, or names or sizes of foreign tensors vary,
 
+  PIXELS                     (mean, deviation) of that scaling
   plain_names(tensors)       -> the same tensors under the names of the tables
   fit_positions(tensors, model, naming, (height, width))
                              -> the same tensors, position codes resampled to images of this size
@@ -27,6 +28,8 @@ from typing import Any
 import numpy as np
 
 from bigmed.errors import UserError, did_you_mean
+
+PIXELS = (0.0, 1.0)  # mean and deviation by which a network itself scales our images: nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,11 @@ def to_ours(
         if not all(name in source for name in entry.theirs):
             fresh.append(entry.ours)
             continue
-        tensors = [np.asarray(source[name], np.float32) for name in entry.theirs]
+        tensors = [np.asarray(source[name]) for name in entry.theirs]
+        for name, tensor in zip(entry.theirs, tensors, strict=True):
+            if tensor.dtype.kind != "f":
+                raise UserError(f"'{name}' is of {tensor.dtype}; valid: floating point numbers")
+        tensors = [tensor.astype(np.float32) for tensor in tensors]
         found = ", ".join(
             f"'{name}' {tuple(t.shape)}" for name, t in zip(entry.theirs, tensors, strict=True)
         )
@@ -112,16 +119,13 @@ def to_theirs(
     return tensors
 
 
-def timm_config(
-    architecture: str, features: int, channels: int, *, mean: float = 0.0, std: float = 1.0
-) -> dict[str, Any]:
+def timm_config(architecture: str, features: int, channels: int) -> dict[str, Any]:
     """timm's config.json of a convolutional network without a classifier.
 
     Args:
       architecture: timm's name.
       features: length of the feature vector.
-      channels: of the images.
-      mean, std: what the network itself does to our images in [0, 1].
+      channels: of the images. What pixels it takes is the exporter's to say.
     """
     return {
         "architecture": architecture,
@@ -129,7 +133,7 @@ def timm_config(
         "num_features": features,
         "global_pool": "avg",
         "model_args": {"in_chans": channels},
-        "pretrained_cfg": {"mean": [mean] * channels, "std": [std] * channels, "num_classes": 0},
+        "pretrained_cfg": {"num_classes": 0},
     }
 
 
@@ -150,7 +154,9 @@ def refold_stem(kernel: np.ndarray, channels: int, wanted: int) -> np.ndarray:
     """A stem's kernel [..., channels * ..., O] for images of another number of channels.
 
     3 -> 1 sums over the channels, 1 -> 3 spreads a third over each: in both directions the stem's
-    output on a grey image, alone or repeated three times, stays the same.
+    output on a grey image, alone or repeated three times, stays the same. (Under
+    `augment.normalize='imagenet'` the three channels differ, and so does the output, by some
+    per cent.)
 
     Args:
       kernel: [k, k, C, O], or [k * k * C, O] with the channels innermost.

@@ -17,7 +17,9 @@ import numpy as np
 from bigmed.errors import UserError, did_you_mean
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-_FILES = ("model.safetensors", "model.safetensors.index.json", "weights.safetensors")
+_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "weights.safetensors", "pytorch_model.bin"
+)  # fmt: skip
 
 
 def read_tensors(path: pathlib.Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
@@ -48,14 +50,14 @@ def read_tensors(path: pathlib.Path, *, allow_pickle: bool = False) -> dict[str,
     elif path.suffix in PICKLES:
         if not allow_pickle:
             raise UserError(
-                f"{path} is a pickle, which can run code when it is read; ask for it with "
-                "--allow_pickle if you trust it (or get the weights as .safetensors)"
+                f"{path} is a pickle, which can run code when it is read; get the weights as "
+                ".safetensors, or, if you trust it, tools/import_weights.py --allow_pickle"
             )
         tensors = _read_pickle(path)
     else:
         raise UserError(f"{path}: {did_you_mean(path.suffix, ('.safetensors', '.npz', *PICKLES))}")
     for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise UserError(f"{path}: '{name}' holds values that are not finite")
     return tensors
 
@@ -72,16 +74,18 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _as_float32(tensor: np.ndarray) -> np.ndarray:
-    return tensor.astype(np.float32) if tensor.dtype.itemsize == 2 else tensor
+    half = tensor.dtype.itemsize == 2 and tensor.dtype.kind not in "iub"
+    return tensor.astype(np.float32) if half else tensor
 
 
 def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = sorted({str(name) for name in files.values()})
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no index of shards: {_one_line(error)}") from error
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(files.values())):
+    for name in names:
         if pathlib.PurePath(name).name != name:
             raise UserError(f"{index} names a shard outside its folder: '{name}'")
         if not (index.parent / name).is_file():
@@ -97,7 +101,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: _as_float32(file[name]) for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} does not read as npz: {_one_line(error)}") from error
 
 
@@ -137,8 +141,8 @@ def _read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def without_prefix(
     tensors: Mapping[str, np.ndarray], wanted: set[str], prefix: str | None = None
-) -> dict[str, np.ndarray]:
-    """The tensors below the nest that holds the model, under their names there.
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors below the nest that holds the model, and the names of all others.
 
     A checkpoint may hold the encoder as 'state_dict.module.encoder_q.conv1.weight'. The nest is the
     prefix under which most of the wanted names stand.
@@ -149,7 +153,7 @@ def without_prefix(
       prefix: the nest, where it is known; '' for none.
 
     Returns:
-      Tensors below the nest by their names there; all others under their whole names.
+      (tensors below the nest by their names there, whole names of the others).
 
     Raises:
       UserError: several nests fit equally well, or none does.
@@ -157,8 +161,7 @@ def without_prefix(
     if prefix is None:
         prefix = _find_prefix(tensors, wanted)
     inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    outside = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
-    return {**outside, **inside}
+    return inside, [name for name in tensors if not name.startswith(prefix)]
 
 
 def _find_prefix(tensors: Mapping[str, np.ndarray], wanted: set[str]) -> str:

@@ -157,11 +157,8 @@ def _describe_timm(model: vit.Model, image_size: int, channels: int) -> dict[str
         "num_features": model.feature_dim,
         "global_pool": "avg" if model.pool == "gap" else "token",
         "model_args": args,
-        # our images are in [0, 1], without mean and deviation
         "pretrained_cfg": {
             "input_size": [channels, image_size, image_size],
-            "mean": [0.0] * channels,
-            "std": [1.0] * channels,
             "num_classes": 0,
         },
     }

@@ -24,6 +24,8 @@ from bigmed.errors import UserError, did_you_mean
 from bigmed.models.catalogue import build
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "encoder.json"
+# what `encoder.json` and a run's curriculum.json say of an encoder
+FORM = ("model", "size", "channels", "normalize", "eval_crop", "antialias", "canvas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Weights:
       model: the `config.model` section, with `name`.
       size: of the images that position codes are for, in pixels.
       channels: of the images, 1 or 3.
-      normalize: of the pixels, see `augment.AugmentConfig`.
+      normalize, eval_crop, antialias: see `augment.AugmentConfig`.
+      canvas: that images are put on before they are cropped; 0: just large enough.
       leaves: float32 arrays by path, 'params/stem/conv/kernel'.
       left_over: tensors of the source that no leaf took.
       fresh: paths of leaves that the source does not have.
@@ -45,6 +48,9 @@ class Weights:
     channels: int
     normalize: str
     leaves: dict[str, np.ndarray]
+    eval_crop: float = 0.875
+    antialias: bool = False
+    canvas: int = 0
     left_over: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
@@ -115,15 +121,24 @@ def import_weights(
     Raises:
       UserError: what `read` and `mapping.to_ours` raise; a model that cannot be told.
     """
+    if size < 1 or channels not in (1, 3):
+        raise UserError(f"size={size}, channels={channels}: valid: 1 and more; 1 or 3")
+    known = sorted({name for family in families().values() for name in family.NAMINGS})
+    if naming not in known:
+        raise UserError(f"naming '{naming}': {did_you_mean(naming, known)}")
     model = dict(model) if model else _described(source, naming)
     family = family_of(model, naming)
+    if normalize != "none" and getattr(family, "PIXELS", mapping.PIXELS) != mapping.PIXELS:
+        raise UserError(
+            f"normalize='{normalize}': a {model['name']} scales pixels by itself; valid: none"
+        )
     module = build(model)
     entries = family.entries(module, naming)
     tensors = read.read_tensors(source, allow_pickle=allow_pickle)
     wanted = {name for entry in entries for name in entry.theirs}
     if hasattr(family, "plain_names"):
         tensors = family.plain_names(tensors)
-    tensors = read.without_prefix(tensors, wanted, prefix)
+    tensors, outside = read.without_prefix(tensors, wanted, prefix)
     if hasattr(family, "fit_positions"):
         tensors = family.fit_positions(tensors, module, naming, (size, size))
     here = {path: leaf.shape for path, leaf in abstract_leaves(module, size, channels).items()}
@@ -133,7 +148,10 @@ def import_weights(
     leaves, left_over, fresh = mapping.to_ours(tensors, entries, shapes)
     if stem and stem.ours in leaves and leaves[stem.ours].shape != here[stem.ours]:
         leaves[stem.ours] = mapping.refold_stem(leaves[stem.ours], in_source, channels)
-    return Weights(model, size, channels, normalize, leaves, tuple(left_over), tuple(fresh))
+    return Weights(
+        model, size, channels, normalize, leaves,
+        left_over=tuple(sorted([*left_over, *outside])), fresh=tuple(fresh),
+    )  # fmt: skip
 
 
 def _described(source: pathlib.Path, naming: str) -> dict[str, Any]:
@@ -143,15 +161,15 @@ def _described(source: pathlib.Path, naming: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no {path} to tell the model by; name it with --model")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} describes no model: {error}") from None
     reasons = []
     for name, family in families().items():
         if naming in family.NAMINGS:
             try:
                 return family.from_description(config)
-            except (UserError, KeyError) as error:
+            except (UserError, KeyError, TypeError, ValueError) as error:
                 reasons.append(f"{name}: {error}")
     kind = config.get("model_type") or config.get("architecture")
     raise UserError(
@@ -185,10 +203,7 @@ def save(weights: Weights, folder: pathlib.Path, origin: Mapping[str, Any]) -> N
       UserError: the folder is not empty.
     """
     described = {
-        "model": weights.model,
-        "size": weights.size,
-        "channels": weights.channels,
-        "normalize": weights.normalize,
+        **{key: getattr(weights, key) for key in FORM},
         "origin": dict(origin),
     }
     write_folder(folder, weights.leaves, WEIGHTS, {DESCRIPTION: described})
@@ -204,21 +219,33 @@ def write_folder(
     from safetensors.numpy import save_file
 
     folder = pathlib.Path(folder).absolute()
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; give another folder")
+    check_out(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         made = pathlib.Path(scratch) / "made"
         made.mkdir()
         # safetensors writes the memory as it lies, whatever the strides
         contiguous = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
-        save_file(contiguous, made / tensors_name, metadata={"format": "pt"})
+        if tensors_name.endswith(".npz"):
+            np.savez(made / tensors_name, allow_pickle=False, **contiguous)
+        else:
+            save_file(contiguous, made / tensors_name, metadata={"format": "pt"})
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (made / name).write_text(text, encoding="utf-8")
         if folder.is_dir():
             folder.rmdir()
         made.rename(folder)
+
+
+def check_out(folder: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder can be made: absent, or there and empty."""
+    folder = pathlib.Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; give another folder")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file; give a folder")
 
 
 def load(folder: pathlib.Path) -> Weights:
@@ -230,18 +257,19 @@ def load(folder: pathlib.Path) -> Weights:
     path = pathlib.Path(folder) / DESCRIPTION
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        model, size = dict(described["model"]), int(described["size"])
-        channels, normalize = int(described["channels"]), str(described["normalize"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no folder of tools/import_weights.py ({error})") from None
+        form = {key: described[key] for key in FORM}
+        module = build(form["model"])
+        shapes = abstract_leaves(module, form["size"], form["channels"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is no folder of tools/import_weights.py ({reason})") from None
     leaves = read.read_tensors(path.with_name(WEIGHTS))
-    shapes = abstract_leaves(build(model), size, channels)
     for name in sorted(shapes.keys() | leaves.keys()):
         here, there = shapes.get(name), leaves.get(name)
         if here is None or there is None or here.shape != there.shape:
             ours, file = (x if x is None else tree.describe_shape(x) for x in (here, there))
             raise UserError(f"{folder}: '{name}' is {ours} in the model and {file} in the file")
-    return Weights(model, size, channels, normalize, leaves)
+    return Weights(**form, leaves=leaves)
 
 
 def check_same_model(section: Mapping[str, Any], module: Any, where: Any) -> None:

@@ -13,12 +13,12 @@ from bigmed.resolve import resolve
 
 
 def build(section: Mapping[str, Any], dtype: Any = jnp.float32) -> Any:
-    """The Linen module that a `config.model` section describes.
+    """The Linen module that a `config.model` section describes; None is the module's default.
 
     Raises:
       UserError: no such family, or a key that it does not have.
     """
-    settings = dict(section)
+    settings = {key: value for key, value in section.items() if value is not None}
     name = settings.pop("name")
     try:
         return resolve(name, "bigmed.models", "Model")(**settings, dtype=dtype)

@@ -28,8 +28,6 @@ from bigmed.errors import UserError
 from bigmed.models import heads
 from bigmed.models.catalogue import build
 
-PREPROCESSING = ("size", "eval_crop", "antialias", "normalize")  # what `eval_transform` goes by
-
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
@@ -188,7 +186,7 @@ class Objective:
     def preprocessing(self) -> dict[str, Any]:
         """What `predict_fns` do to an image; part of the key of cached features."""
         settings = self._augment
-        form = {name: getattr(settings, name) for name in PREPROCESSING}
+        form = {name: getattr(settings, name) for name in augment.PREPROCESSING}
         return {**form, "backbone": repr(self.backbone)}
 
     def _two_views(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
