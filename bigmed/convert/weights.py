@@ -141,12 +141,14 @@ def import_weights(
     tensors, outside = read.without_prefix(tensors, wanted, prefix)
     if hasattr(family, "fit_positions"):
         tensors = family.fit_positions(tensors, module, naming, (size, size))
-    here = {path: leaf.shape for path, leaf in abstract_leaves(module, size, channels).items()}
-    stem = next((entry for entry in entries if entry.ours == getattr(family, "STEM", None)), None)
-    in_source = _stem_channels(stem, tensors, module, size)
-    shapes = {k: leaf.shape for k, leaf in abstract_leaves(module, size, in_source).items()}
-    leaves, left_over, fresh = mapping.to_ours(tensors, entries, shapes)
-    if stem and stem.ours in leaves and leaves[stem.ours].shape != here[stem.ours]:
+    shapes = {
+        c: {path: leaf.shape for path, leaf in abstract_leaves(module, size, c).items()}
+        for c in (1, 3)
+    }
+    stem = next((entry for entry in entries if entry.ours == family.STEM), None)
+    in_source = _stem_channels(stem, tensors, shapes)
+    leaves, left_over, fresh = mapping.to_ours(tensors, entries, shapes[in_source])
+    if stem and stem.ours in leaves and leaves[stem.ours].shape != shapes[channels][stem.ours]:
         leaves[stem.ours] = mapping.refold_stem(leaves[stem.ours], in_source, channels)
     return Weights(
         model, size, channels, normalize, leaves,
@@ -178,16 +180,21 @@ def _described(source: pathlib.Path, naming: str) -> dict[str, Any]:
 
 
 def _stem_channels(
-    stem: mapping.Entry | None, tensors: Mapping[str, np.ndarray], module: Any, size: int
+    stem: mapping.Entry | None,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
 ) -> int:
-    """How many channels the source's stem takes: 1 if it fits that, else 3."""
+    """How many channels the source's stem takes: 1 if it fits that, else 3.
+
+    `shapes` has the shape of every leaf by path, for each number of channels.
+    """
     if stem is None or not all(name in tensors for name in stem.theirs):
         return 3
     try:
         shape = stem.layout.to_ours([tensors[name] for name in stem.theirs]).shape
     except (ValueError, IndexError):
         return 3
-    three, one = (abstract_leaves(module, size, channels)[stem.ours].shape for channels in (3, 1))
+    three, one = (shapes[channels][stem.ours] for channels in (3, 1))
     return 1 if shape == one and shape != three else 3
 
 
