@@ -56,13 +56,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises `UserError` unless the rows of a batch divide evenly over the mesh."""
+def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
+    """Raises `UserError` unless the rows of each part of a batch divide evenly over the mesh."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size < 1 or batch_size % shards:
+    if batch_size < 1 or batch_size % (shards * micro_batches):
+        parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
         raise UserError(
-            f"config.data.batch_size={batch_size} does not divide over the mesh "
-            f"({', '.join(f'{a}={mesh.shape[a]}' for a in AXES)}); use a multiple of {shards}"
+            f"config.data.batch_size={batch_size}{parts} does not divide over the mesh "
+            f"({', '.join(f'{a}={mesh.shape[a]}' for a in AXES)}); use a multiple of "
+            f"{shards * micro_batches}"
         )
 
 

@@ -22,11 +22,11 @@ from bigmed import metrics, optim, sharding, tree
 from bigmed.checkpoint import Checkpointer
 from bigmed.data.pipeline import Pipeline
 from bigmed.errors import NonFiniteError, Preempted, UserError
-from bigmed.objectives.simclr import DataSpec
+from bigmed.objectives.base import DataSpec
 from bigmed.recorder import Recorder
 from bigmed.resolve import resolve
 from bigmed.state import TrainState, abstract_state, make_init, shardings
-from bigmed.step import first_non_finite, make_train_step
+from bigmed.step import MicroBatches, first_non_finite, make_train_step
 
 IN_FLIGHT = 2  # steps sent to the device whose outcome the host has not looked at
 MAX_SKIPPED = 10  # batches left out under on_non_finite='rollback' before the run stops
@@ -48,6 +48,7 @@ class Stage:
     abstract: TrainState
     tx: Any
     schedule: Any
+    micro: MicroBatches
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -60,8 +61,8 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
     Raises:
       UserError: anything in the config or the data that cannot work, before a step is run.
     """
-    batch_size = config.data.batch_size
-    sharding.check_batch_size(batch_size, mesh)
+    batch_size, micro = config.data.batch_size, MicroBatches(**config.micro_batch)
+    sharding.check_batch_size(batch_size, mesh, micro.count)
     if config.on_non_finite not in ON_NON_FINITE:
         raise UserError(
             f"config.on_non_finite='{config.on_non_finite}': valid: {', '.join(ON_NON_FINITE)}"
@@ -105,6 +106,7 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
         abstract=abstract_state(init, mesh, objective.SHARDING),
         tx=tx,
         schedule=schedule,
+        micro=micro,
     )
 
 
@@ -269,7 +271,7 @@ def _compile(stage: Stage, state: TrainState, recorder: Recorder) -> Any:
     """The stage's step, compiled for exactly the batches it will get."""
     began = time.monotonic()
     train_step = make_train_step(
-        stage.objective, stage.tx, stage.schedule, stage.mesh, stage.abstract
+        stage.objective, stage.tx, stage.schedule, stage.mesh, stage.abstract, stage.micro
     )
     rows, everywhere = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
     batch = {
@@ -295,7 +297,7 @@ def _leave_out_or_stop(stage: Stage, state: TrainState, recorder: Recorder) -> N
     step = int(state.step)
     rows = sharding.batch_sharding(stage.mesh)
     batch = sharding.put_batch(stage.pipeline.host_batch(step), rows)
-    name = first_non_finite(stage.objective, state, batch)
+    name = first_non_finite(stage.objective, state, batch, stage.micro)
     found = f"{stage.label}: batch {step} gives a non-finite '{name}'"
     skipped = _skipped(stage)
     if stage.config.on_non_finite == "rollback" and len(skipped) < MAX_SKIPPED:

@@ -126,6 +126,8 @@ def base() -> ConfigDict:
     config.steps = placeholder(int)
     config.epochs = placeholder(float)
     config.on_non_finite = "stop"
+    # the batch in so many parts through the encoders, for larger batches than fit; `bigmed.step`
+    config.micro_batch = ConfigDict({"count": 1, "batch_norm": "micro"})
     config.checkpoint = ConfigDict({"every": 500, "keep": 2})
     config.log = ConfigDict({"every": 10})
     config.init_from = init_from()

@@ -8,7 +8,7 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "tree", "resolve", "precision", "image_ops", "host_memory"),
-    ("losses", "augment", "optim", "sharding", "checkpoint", "metrics", "statistics"),
+    ("losses", "tiled", "augment", "optim", "sharding", "checkpoint", "metrics", "statistics"),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert"),
     ("state", "step", "recorder", "record"),
@@ -20,6 +20,8 @@ LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {
     "curriculum": ("train",),
     "checkpoint": ("sharding",),
+    "losses": ("tiled", "sharding"),
+    "tiled": ("sharding",),
     "step": ("state",),
     "recorder": ("state",),
     "tree": ("errors",),

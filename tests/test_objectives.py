@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exactness import NoOptimiser, assert_same, evaluate, mesh_of
 from ml_collections import ConfigDict
 
-from bigmed import sharding, tree
+from bigmed import tree
 from bigmed.errors import UserError
-from bigmed.objectives import micle, simclr
+from bigmed.objectives import base, micle, simclr
 from bigmed.state import make_init
-from bigmed.step import loss_and_grads
 from configs import common
 
 BATCH = 16
@@ -37,50 +37,19 @@ def make_batch(images, seed=0, size=24):
     }
 
 
-class NoOptimiser:
-    @staticmethod
-    def init(params):
-        del params
-        return ()
-
-
-DATA = simclr.DataSpec(("a", "b", "c"), "single_label")
-
-
-def evaluate(objective, batch, mesh):
-    """(loss, metrics, gradients) of a fresh state, computed on the mesh."""
-    init = make_init(objective, NoOptimiser, batch, seed=0)
-    state = jax.jit(init)()
-    rows = sharding.batch_sharding(mesh)
-    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh, objective.SHARDING)
-    with jax.set_mesh(mesh):
-        state = jax.device_put(jax.device_get(state), shardings)
-        placed = sharding.put_batch(batch, rows)
-        (loss, aux), grads = jax.jit(lambda s, b: loss_and_grads(objective, s, b))(state, placed)
-    return jax.device_get((loss, aux["metrics"], aux["batch_stats"], grads))
-
-
-def mesh_of(*sizes):
-    count = int(np.prod(sizes))
-    return sharding.make_mesh(
-        dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[:count]
-    )
+DATA = base.DataSpec(("a", "b", "c"), "single_label")
 
 
 @pytest.mark.parametrize(("module", "images"), [(simclr, 1), (micle, 2)])
 def test_loss_statistics_and_gradients_are_those_of_one_device(module, images):
     objective, batch = module.Objective(stage_config(), DATA), make_batch(images)
-    want = evaluate(objective, batch, mesh_of(1, 1, 1))
+    one = mesh_of(1, 1, 1)
+    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
     for sizes in ((8, 1, 1), (2, 2, 2)):
         got = evaluate(objective, batch, mesh_of(*sizes))
-        np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-        wanted, scale = tree.flatten(want[1:]), {}
-        for name, leaf in wanted.items():
-            scale[name] = max(np.abs(leaf).max(), 1e-3)
-        for name, leaf in tree.flatten(got[1:]).items():
-            np.testing.assert_allclose(
-                leaf / scale[name], wanted[name] / scale[name], atol=2e-3, err_msg=name
-            )
+        assert_same(got, want, nudged)
+        for name, value in want[1].items():
+            np.testing.assert_allclose(got[1][name], value, rtol=1e-4, err_msg=name)
 
 
 def test_micle_reads_both_images_and_simclr_one():
@@ -103,7 +72,7 @@ def test_the_probe_learns_without_touching_the_encoder():
 
 
 def test_no_labels_means_no_probe():
-    objective = simclr.Objective(stage_config(), simclr.DataSpec())
+    objective = simclr.Objective(stage_config(), base.DataSpec())
     loss, found, _, grads = evaluate(objective, make_batch(1), mesh_of(1, 1, 1))
     assert np.isfinite(loss) and "probe" not in grads and "probe_loss" not in found
 
@@ -145,3 +114,30 @@ def test_mistakes_are_named(section, key, value):
     config[section][key] = value
     with pytest.raises(UserError, match=str(value)):
         simclr.Objective(config, DATA)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_in_parts_is_the_gradient_of_the_whole_batch(sizes):
+    config = ConfigDict(stage_config().to_dict())
+    config.model = common.vit("mu/16")  # no batch norm; the head's sees the whole batch
+    objective, batch = simclr.Objective(config, DATA), make_batch(1)
+    want = evaluate(objective, batch, mesh_of(1, 1, 1))
+    nudged = evaluate(objective, batch, mesh_of(1, 1, 1), nudge=True)
+    got = evaluate(objective, batch, mesh_of(*sizes), count=2)
+    assert_same(got, want, nudged)
+    for name, value in want[1].items():
+        np.testing.assert_allclose(got[1][name], value, rtol=1e-4, err_msg=name)
+
+
+def test_in_parts_with_batch_norm_frozen_or_of_each_part():
+    objective, batch = simclr.Objective(stage_config(), DATA), make_batch(1)
+    mesh = mesh_of(1, 1, 1)
+    two, four = (evaluate(objective, batch, mesh, count=n, batch_norm="frozen") for n in (2, 4))
+    assert_same(four, two, evaluate(objective, batch, mesh, True, count=2, batch_norm="frozen"))
+    fresh = objective.init(jax.random.key(0), batch)[1]
+    same = jax.tree.map(np.array_equal, two[2]["backbone"], jax.device_get(fresh["backbone"]))
+    assert all(jax.tree.leaves(same))
+    micro = evaluate(objective, batch, mesh, count=2)
+    assert abs(micro[0] - evaluate(objective, batch, mesh)[0]) > 1e-4  # fewer images to a norm
+    updated = jax.tree.map(np.array_equal, micro[2]["backbone"], jax.device_get(fresh["backbone"]))
+    assert not any(jax.tree.leaves(updated))

@@ -1,1 +1,1 @@
-"""Training objectives, one file each; see `bigmed.objectives.simclr` for the contract."""
+"""Training objectives, one file each; see `bigmed.objectives.base` for the contract."""

@@ -1,0 +1,76 @@
+"""The loss and gradient of an objective on a mesh, and when two of them are the same number.
+
+Two ways to compute one gradient differ by how they round. How much that may be is not chosen but
+measured: it is what becomes of the gradient when every parameter moves by one unit in its last
+place, which no implementation can tell from its own rounding. Activations and sums are rounded in
+more places than parameters, so a small multiple of it is allowed.
+"""
+
+import jax
+import numpy as np
+
+from bigmed import sharding
+from bigmed.state import make_init
+from bigmed.step import MicroBatches, loss_and_grads
+
+ROUNDINGS = 4
+
+
+class NoOptimiser:
+    @staticmethod
+    def init(params):
+        del params
+        return ()
+
+
+def mesh_of(*sizes):
+    count = int(np.prod(sizes))
+    return sharding.make_mesh(
+        dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[:count]
+    )
+
+
+def evaluate(objective, batch, mesh, nudge=False, **micro):
+    """(loss, metrics, statistics, gradients) of a fresh state, computed on the mesh.
+
+    With `nudge` every parameter is first moved by one unit in its last place, up or down.
+    """
+    init = make_init(objective, NoOptimiser, batch, seed=0)
+    state = jax.jit(init)()
+    if nudge:
+        rng = np.random.default_rng(0)
+        sign = jax.tree.map(lambda x: rng.choice([-1, 1], x.shape), state.params)
+        ulp = np.float32(2**-23)
+        state = state.replace(
+            params=jax.tree.map(lambda x, s: x * (1 + s * ulp), state.params, sign)
+        )
+    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh, objective.SHARDING)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(jax.device_get(state), shardings)
+        placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+        (loss, aux), grads = jax.jit(
+            lambda s, b: loss_and_grads(objective, s, b, MicroBatches(**micro))
+        )(state, placed)
+    return jax.device_get((loss, aux["metrics"], aux["batch_stats"], grads))
+
+
+def relative_difference(got, want):
+    """Norm of the difference of two trees, of the norm of the second; float64."""
+    got, want = (
+        np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(t)])
+        for t in (got, want)
+    )
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def assert_same(got, want, nudged):
+    """Losses to 1e-6, statistics and gradients to rounding, by what `nudged` makes of them."""
+    np.testing.assert_allclose(got[0], want[0], rtol=max(1e-6, ROUNDINGS * _relative(nudged, want)))
+    for part in (2, 3):
+        if jax.tree.leaves(want[part]):
+            allowed = max(1e-6, ROUNDINGS * relative_difference(nudged[part], want[part]))
+            assert relative_difference(got[part], want[part]) <= allowed
+
+
+def _relative(got, want):
+    return abs(float(got[0]) - float(want[0])) / abs(float(want[0]))
