@@ -217,12 +217,12 @@ def _run_entry(
         int(state.step),
         stage.total_steps,
     )
-    state = train.run_stage(stage, state, stop)
-    record.update(entry, state="done", steps=int(state.step))
+    state, weights = train.run_stage(stage, state, stop)
+    record.update(entry, state="done", steps=stage.total_steps, weights=weights)
     for name, evaluator in evaluators.items():
         if stop():
             raise Preempted(f"{stage.label}: stopped on request before '{name}'; it is trained")
-        rows = evaluator.run(state, checkpoint=f"{stage.label}/{int(state.step)}")
+        rows = evaluator.run(state, checkpoint=f"{stage.label}/{weights}")
         common = {"stage": entry["name"], "evaluator": name, "seed": entry["seed"]}
         rows = [{**common, **row} for row in rows]
         record.add_rows(entry, name, settings_digest(config, name), rows)
@@ -255,11 +255,12 @@ def _handed_over(
         weights, origin = _foreign(stage), pathlib.Path(source.weights).name
         carried = ("(params|batch_stats)/backbone/.*",)
     elif source.checkpoints or source.stage:
-        folder = pathlib.Path(source.checkpoints)
+        folder, step = pathlib.Path(source.checkpoints), None
         if source.stage:
-            folder = workdir / record.directory_of(source.stage, stage.config.seed) / "checkpoints"
+            last = record.weights_of(source.stage, stage.config.seed)
+            folder, step = last.parent, int(last.name)
         weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
-        if source.stage and not record.reached(folder.parent.name, meta["step"]):
+        if step not in (None, meta["step"]):
             raise UserError(
                 f"the last checkpoint of {folder.parent.name} is torn and has been set aside; "
                 "run the same command again to train its end anew"

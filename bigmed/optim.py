@@ -10,8 +10,10 @@ pattern, or one of the `rules`, which give it a role:
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from bigmed import tree
@@ -23,6 +25,7 @@ DEFAULT_RULES = (
     (r"(?!probe/).*/kernel", "adapted"),
     (r"(?!probe/).*/(bias|scale|cls|distillation|registers|pos_embedding|gamma)", "plain"),
     (r"probe/.*", "plain"),
+    (r"logit_(scale|bias)", "plain"),  # learned temperature and bias of a contrastive loss
 )
 LR_SCALING = {
     "none": lambda lr, batch_size: lr,
@@ -34,11 +37,13 @@ LR_SCALING = {
 def make_schedule(
     config: Mapping[str, Any], *, batch_size: int, total_steps: int
 ) -> Callable[[Any], Any]:
-    """Learning rate by step: linear warm-up from 0, then a cosine to 0 or a constant.
+    """Learning rate by step: linear warm-up from 0, then one of four shapes.
 
     Args:
       config: `lr`, `lr_scaling` ('none'; 'linear' = lr*B/256; 'sqrt' = lr*sqrt(B); SimCLR section
-        2.3 and B.1), `warmup_steps`, `schedule` ('cosine' or 'constant').
+        2.3 and B.1), `warmup_steps`, `schedule`: 'cosine' to 0; 'constant'; 'steps', times `decay`
+        after each of the `milestones`, fractions of the stage; 'plateau', times `decay` after every
+        `patience` validations in a row that brought no lower loss (`observe`).
       batch_size: B, source items a step over all devices.
       total_steps: of the stage, warm-up included.
 
@@ -55,9 +60,18 @@ def make_schedule(
             f"config.optim.warmup_steps={warmup} does not fit {total_steps} steps; "
             f"use 0 to {total_steps}"
         )
+    milestones, decay = tuple(config["milestones"]), float(config["decay"])
+    if not 0 < decay <= 1 or not all(0 < m < 1 for m in milestones) or config["patience"] < 1:
+        raise UserError(
+            f"config.optim: milestones={milestones} are fractions of the stage, decay={decay} is "
+            f"above 0 and at most 1, patience={config['patience']} is 1 or more"
+        )
+    falls = {round(m * total_steps) - warmup: decay for m in milestones}
     after = {
         "cosine": optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1)),
         "constant": optax.constant_schedule(peak),
+        "steps": optax.piecewise_constant_schedule(peak, falls),
+        "plateau": optax.constant_schedule(peak),
     }
     if shape not in after:
         raise UserError(f"config.optim.schedule='{shape}': {did_you_mean(shape, after)}")
@@ -103,9 +117,10 @@ def make_optimizer(
     """The optimiser that `config.optim` describes.
 
     Args:
-      config: `name` ('lars', 'sgd', 'adamw' or 'lamb'), `lr` and the rest of `make_schedule`,
-        `weight_decay`, `momentum` (lars, sgd), `b1`, `b2` (adamw, lamb), `grad_clip_norm` (0: off),
-        `rules` and `freeze` (see the module's docstring).
+      config: `name` ('lars', 'sgd', 'adam', 'adamw' or 'lamb'), `lr` and the rest of
+        `make_schedule`, `weight_decay` (of 'adam' as a part of the gradient, as torch.optim.Adam
+        has it), `momentum` (lars, sgd), `nesterov` (sgd), `b1`, `b2` (adam, adamw, lamb),
+        `grad_clip_norm` (0: off), `rules` and `freeze` (see the module's docstring).
       params: parameters or their shapes.
 
     Returns:
@@ -131,7 +146,12 @@ def make_optimizer(
         ),
         "sgd": lambda: optax.chain(
             optax.add_decayed_weights(decay, adapted),
-            optax.sgd(schedule, momentum=momentum or None, nesterov=bool(momentum)),
+            optax.sgd(
+                schedule, momentum=momentum or None, nesterov=bool(config["nesterov"] and momentum)
+            ),
+        ),
+        "adam": lambda: optax.chain(
+            optax.add_decayed_weights(decay, adapted), optax.adam(schedule, **betas)
         ),
         "adamw": lambda: optax.adamw(schedule, **betas, weight_decay=decay, mask=adapted),
         "lamb": lambda: lamb(schedule, adapted, decay, **betas),
@@ -141,9 +161,11 @@ def make_optimizer(
             f"config.optim.name='{config['name']}': {did_you_mean(config['name'], makers)}"
         )
     clip = float(config["grad_clip_norm"])
-    steps = [optax.clip_by_global_norm(clip)] if clip else []
+    steps = [*([optax.clip_by_global_norm(clip)] if clip else []), makers[config["name"]]()]
+    if config["schedule"] == "plateau":
+        steps.append(scale_by_plateau())
     groups = {
-        "trained": optax.chain(*steps, makers[config["name"]]()),
+        "trained": optax.chain(*steps),
         "frozen": optax.set_to_zero(),  # and no optimiser state
     }
     group_of = {"adapted": "trained", "plain": "trained", "frozen": "frozen"}
@@ -151,9 +173,63 @@ def make_optimizer(
     return optax.partition(groups, labels), schedule
 
 
-def updates_done(opt_state: Any) -> Any:
-    """The count that the schedule goes by: updates made, without the batches that were left out."""
-    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+def learning_rate(schedule: Callable[[Any], Any], opt_state: Any) -> jax.Array:
+    """The rate of the next update, float32; batches that were left out do not count as updates."""
+    rate = schedule(optax.tree.get_all_with_path(opt_state, "count")[0][1])
+    for plateau in _plateaus(opt_state):
+        rate = rate * plateau.scale
+    return jnp.asarray(rate, jnp.float32)
+
+
+class Plateau(NamedTuple):
+    """State of the 'plateau' schedule; scalars.
+
+    Attributes:
+      scale: of the learning rate, float32.
+      best: the lowest validation loss, float32.
+      waited: validations since then or since the last fall of the rate, int32.
+    """
+
+    scale: jax.Array
+    best: jax.Array
+    waited: jax.Array
+
+
+def scale_by_plateau() -> optax.GradientTransformation:
+    """Scales updates by what `observe` has made of the state."""
+
+    def init(params: Any) -> Plateau:
+        del params
+        return Plateau(jnp.ones(()), jnp.full((), jnp.inf), jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Plateau, params: Any = None) -> tuple[Any, Plateau]:
+        del params
+        return jax.tree.map(lambda u: u * state.scale, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def observe(config: Mapping[str, Any], opt_state: Any, loss: jax.Array) -> Any:
+    """The optimiser's state after a validation; the same unless the schedule is 'plateau'."""
+
+    def after(state: Any) -> Any:
+        if not isinstance(state, Plateau):
+            return state
+        better = loss < state.best  # False for NaN
+        waited = jnp.where(better, 0, state.waited + 1)
+        falls = waited >= config["patience"]
+        return Plateau(
+            scale=jnp.where(falls, state.scale * config["decay"], state.scale),
+            best=jnp.where(better, loss, state.best),
+            waited=jnp.where(falls, 0, waited),
+        )
+
+    return jax.tree.map(after, opt_state, is_leaf=lambda x: isinstance(x, Plateau))
+
+
+def _plateaus(opt_state: Any) -> list[Plateau]:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Plateau))
+    return [leaf for leaf in leaves if isinstance(leaf, Plateau)]
 
 
 def lamb(schedule: Any, adapted: Any, decay: float, *, b1: float, b2: float) -> Any:

@@ -43,23 +43,17 @@ class Record:
         self.rows = json.loads(self._results.read_text()) if self._results.exists() else []
         self.hash_key = _secret(workdir / ".hash_key")
 
-    def directory_of(self, name: str, seed: int) -> str:
-        """The folder of a stage, which `_make_ready` has seen to exist."""
-        return next(
-            directory
-            for directory, stage in self._stages.items()
-            if (stage["name"], stage["seed"]) == (name, seed)
-        )
+    def weights_of(self, name: str, seed: int) -> pathlib.Path:
+        """The checkpoint of an earlier stage, `<directory>/<folder>/<step>`, by its name."""
+        stage = next(s for s in self._stages.values() if (s["name"], s["seed"]) == (name, seed))
+        return self._path.parent / stage["directory"] / stage["weights"]
 
     def is_done(self, entry: Mapping[str, Any]) -> bool:
-        """Whether a stage is trained and its last checkpoint is there."""
+        """Whether a stage is trained and the checkpoint that stands for it is there."""
         stage = self._stages[entry["directory"]]
-        last = self._path.parent / entry["directory"] / "checkpoints" / str(stage.get("steps"))
-        return stage["state"] == "done" and last.is_dir()
-
-    def reached(self, directory: str, step: int) -> bool:
-        """Whether this is the step at which the stage ended."""
-        return self._stages[directory].get("steps") == step
+        if stage["state"] != "done":
+            return False
+        return self.weights_of(stage["name"], stage["seed"]).is_dir()
 
     def evaluated(self, entry: Mapping[str, Any]) -> dict[str, str]:
         """The evaluators that have run on a stage, and the digests of their settings."""

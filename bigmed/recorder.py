@@ -89,6 +89,15 @@ class Recorder:
         )
         self._warn_of_collapse(step, values)
 
+    def write_validation(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of its own in metrics.jsonl; the clock of the training starts anew after it."""
+        self._stopwatch = metrics.Stopwatch(step)
+        if not self._main:
+            return
+        self._metrics.write(step, values)
+        self._tensorboard.write(step, values)
+        self.say(f"{self._label}: step {step}, validation loss {values['val_loss']:.4f}")
+
     def save(self, state: TrainState, step: int) -> None:
         """The metrics so far, then the state; returns when the state before this one is safe."""
         if self._main:

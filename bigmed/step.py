@@ -155,7 +155,7 @@ def make_train_step(
             **aux["metrics"],
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(state.params),
-            "lr": jnp.asarray(schedule(optim.updates_done(state.opt_state)), jnp.float32),
+            "lr": optim.learning_rate(schedule, state.opt_state),
         }
         return new, {"metrics": metrics, "step": new.step}
 

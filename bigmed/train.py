@@ -27,6 +27,7 @@ from bigmed.recorder import Recorder
 from bigmed.resolve import resolve
 from bigmed.state import TrainState, abstract_state, make_init, shardings
 from bigmed.step import MicroBatches, first_non_finite, make_train_step
+from bigmed.validation import BEST, Validation, best_state
 
 IN_FLIGHT = 2  # steps sent to the device whose outcome the host has not looked at
 MAX_SKIPPED = 10  # batches left out under on_non_finite='rollback' before the run stops
@@ -49,6 +50,7 @@ class Stage:
     tx: Any
     schedule: Any
     micro: MicroBatches
+    validation: Validation | None
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -94,6 +96,15 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
         config.optim, params, batch_size=batch_size, total_steps=total_steps
     )
     init = make_init(objective, tx, spec, config.seed)
+    abstract = abstract_state(init, mesh, objective.SHARDING)
+    validation = None
+    if config.validate.every or config.validate.sources:
+        validation = Validation(config, objective, pipeline, mesh, abstract)
+    elif config.optim.schedule == "plateau" and total_steps:
+        raise UserError(
+            "config.optim.schedule='plateau' follows the validation loss; give "
+            "config.validate.sources and .every"
+        )
     return Stage(
         label=label,
         config=config,
@@ -103,10 +114,11 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
         objective=objective,
         total_steps=total_steps,
         init=init,
-        abstract=abstract_state(init, mesh, objective.SHARDING),
+        abstract=abstract,
         tx=tx,
         schedule=schedule,
         micro=micro,
+        validation=validation,
     )
 
 
@@ -171,7 +183,7 @@ def fresh(stage: Stage, weights: Mapping[str, np.ndarray], load: Any, skip: Any)
 
 def run_stage(
     stage: Stage, state: TrainState, stop_requested: Callable[[], bool]
-) -> TrainState:
+) -> tuple[TrainState, str]:
     """Trains from `state` to the stage's last step.
 
     Args:
@@ -180,7 +192,9 @@ def run_stage(
       stop_requested: from `preemption_watch`, asked after every step; True saves and stops.
 
     Returns:
-      The final state, which is also the newest checkpoint.
+      The state that stands for the stage, and its checkpoint in the stage's folder: the final one,
+      'checkpoints/<step>', or with `config.validate.keep='best'` that of the lowest validation
+      loss, 'best/<step>'.
 
     Raises:
       Preempted: stopped on request, after saving.
@@ -199,14 +213,24 @@ def run_stage(
         recorder.describe(stage.abstract.params)
         if start >= stage.total_steps:
             recorder.save(state, start)  # of a stage of no steps; else it is there
-            return state
-        train_step = _compile(stage, state, recorder)
-        while True:
-            try:
-                return _loop(stage, state, train_step, recorder, stop_requested)
-            except _BadBatch as bad:
-                state = bad.state
-                _leave_out_or_stop(stage, state, recorder)
+        else:
+            state = _train(stage, state, recorder, stop_requested)
+    best = best_state(stage.directory, stage.abstract)
+    if best is not None:
+        return best, f"{BEST}/{int(best.step)}"
+    return state, f"checkpoints/{int(state.step)}"
+
+
+def _train(
+    stage: Stage, state: TrainState, recorder: Recorder, stop_requested: Callable[[], bool]
+) -> TrainState:
+    train_step = _compile(stage, state, recorder)
+    while True:
+        try:
+            return _loop(stage, state, train_step, recorder, stop_requested)
+        except _BadBatch as bad:
+            state = bad.state
+            _leave_out_or_stop(stage, state, recorder)
 
 
 class _BadBatch(Exception):
@@ -240,12 +264,23 @@ def _loop(
         if len(in_flight) > IN_FLIGHT:
             look_at_oldest()
         done, stopping = step + 1, stop_requested()
-        if stopping or done % config.checkpoint.every == 0 or done == stage.total_steps:
-            while in_flight:
-                look_at_oldest()
+        saving = stopping or done % config.checkpoint.every == 0 or done == stage.total_steps
+        validating = stage.validation and stage.validation.due(done, stage.total_steps)
+        while in_flight and (saving or validating):
+            look_at_oldest()
+        if validating:  # before the save, which holds what the schedule made of it
+            state = _validate(stage, state, recorder, done)
+        if saving:
             recorder.save(state, done)
         if stopping and done < stage.total_steps:
             raise Preempted(f"{stage.label}: stopped on request; step {done} is saved")
+    return state
+
+
+def _validate(stage: Stage, state: TrainState, recorder: Recorder, step: int) -> TrainState:
+    state, values = stage.validation.run(state)
+    recorder.write_validation(step, values)
+    stage.validation.keep_if_best(state, values["val_loss"], stage.directory, _identity(stage))
     return state
 
 

@@ -72,8 +72,12 @@ def optimizer(
             "lr_scaling": lr_scaling,
             "warmup_steps": warmup_steps,
             "schedule": "cosine",
+            "milestones": (),  # of the schedule 'steps'
+            "decay": 0.1,  # of 'steps' and 'plateau'
+            "patience": 5,  # validations, of 'plateau'
             "weight_decay": weight_decay,
             "momentum": 0.9,
+            "nesterov": True,  # of sgd
             "b1": 0.9,
             "b2": 0.999,
             "grad_clip_norm": 0.0,
@@ -129,6 +133,8 @@ def base() -> ConfigDict:
     # the batch in so many parts through the encoders, for larger batches than fit; `bigmed.step`
     config.micro_batch = ConfigDict({"count": 1, "batch_norm": "micro"})
     config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    # loss on held-out data every so many steps (0: never); see `bigmed.validation`
+    config.validate = ConfigDict({"sources": (), "every": 0, "keep": "last"})
     config.log = ConfigDict({"every": 10})
     config.init_from = init_from()
     config.data = ConfigDict(

@@ -11,7 +11,7 @@ LAYERS = (
     ("losses", "tiled", "augment", "optim", "sharding", "checkpoint", "metrics", "statistics"),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert"),
-    ("state", "step", "recorder", "record"),
+    ("state", "step", "validation", "recorder", "record"),
     ("train", "curriculum"),
     ("main",),
 )
@@ -24,6 +24,7 @@ INSIDE = {
     "tiled": ("sharding",),
     "step": ("state",),
     "recorder": ("state",),
+    "validation": ("state",),
     "tree": ("errors",),
     "resolve": ("errors",),
     "precision": ("errors",),

@@ -15,6 +15,10 @@ BASE = {
     "lr_scaling": "none",
     "warmup_steps": 0,
     "schedule": "constant",
+    "milestones": (),
+    "decay": 0.1,
+    "patience": 5,
+    "nesterov": True,
     "weight_decay": 1e-4,
     "momentum": 0.9,
     "b1": 0.9,
@@ -107,7 +111,7 @@ def test_adamw_sgd_lamb_equal_oracles():
 def test_simclr_schedule_golden():
     """n=1281167, B=4096, 100 epochs, linear .3: the checked points of the reference."""
     schedule = optim.make_schedule(
-        {"lr": 0.3, "lr_scaling": "linear", "warmup_steps": 3127, "schedule": "cosine"},
+        {**BASE, "lr": 0.3, "lr_scaling": "linear", "warmup_steps": 3127, "schedule": "cosine"},
         batch_size=4096,
         total_steps=31279,
     )
@@ -129,7 +133,50 @@ def test_gradient_clipping_bounds_the_update():
     np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "lamb"])
+def test_the_rate_falls_by_steps_after_each_milestone():
+    """C2L: 120 epochs, x0.1 after epochs 60, 80 and 100 (here 10 steps an epoch), and warm-up."""
+    config = {**BASE, "lr": 0.03, "schedule": "steps", "milestones": (1 / 2, 2 / 3, 5 / 6)}
+    schedule = optim.make_schedule(config, batch_size=128, total_steps=1200)
+    for step, want in (
+        (0, 0.03), (599, 0.03), (600, 0.003), (799, 0.003), (800, 3e-4), (1000, 3e-5), (1199, 3e-5)
+    ):  # fmt: skip
+        np.testing.assert_allclose(schedule(step), want, rtol=1e-6, err_msg=step)
+    warm = optim.make_schedule({**config, "warmup_steps": 100}, batch_size=128, total_steps=1200)
+    np.testing.assert_allclose([warm(599), warm(600)], [0.03, 0.003], rtol=1e-6)
+
+
+def test_plateau_halves_the_rate_after_so_many_validations_without_a_decrease():
+    tx, schedule = make(name="sgd", lr=1.0, schedule="plateau", decay=0.5, momentum=0.0)
+    state = tx.init(PARAMS)
+    config = {**BASE, "decay": 0.5, "patience": 3}
+    rates = []
+    for loss in (3.0, 2.0, 2.5, 2.0, np.nan, 1.9, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0):
+        state = optim.observe(config, state, jnp.float32(loss))
+        rates.append(float(optim.learning_rate(schedule, state)))
+    assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125]
+    updates, _ = tx.update(GRADS, state, PARAMS)
+    np.testing.assert_allclose(updates["probe"]["bias"], -0.125 * GRADS["probe"]["bias"], rtol=1e-6)
+
+
+def test_adam_and_plain_sgd_equal_torch():
+    import torch
+
+    for name, rate in (("adam", 1e-2), ("sgd", 1e-2)):
+        got, _ = run(5, name=name, lr=rate, weight_decay=0.1, nesterov=False)
+        weight = torch.tensor([3.0, 4.0], requires_grad=True)
+        maker = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
+        more = {"momentum": 0.9} if name == "sgd" else {}
+        theirs = maker([weight], lr=rate, weight_decay=0.1, **more)
+        for i in range(5):
+            grad = np.asarray(GRADS["backbone"]["conv"]["kernel"]) * (1 + 0.1 * i)
+            weight.grad = torch.tensor(grad)
+            theirs.step()
+        np.testing.assert_allclose(
+            got["backbone"]["conv"]["kernel"], weight.detach().numpy(), rtol=2e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "lamb"])
 def test_frozen_parameters_do_not_move_and_hold_no_state(name):
     pattern = "backbone/.*"
     params, state = run(name=name, freeze=(pattern,))
@@ -155,6 +202,8 @@ def test_frozen_gradients_do_not_count_for_clipping():
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"lr_scaling": "root"}, "valid: linear, none, sqrt"),
         ({"warmup_steps": 101}, "use 0 to 100"),
+        ({"milestones": (60, 80)}, "fractions of the stage"),
+        ({"decay": 0.0}, "above 0"),
         ({"freeze": ("nothing/.*",)}, "matches no parameter"),
         ({"rules": ((".*/kernel", "adapted"),)}, "matches no rule"),
         ({"rules": ((".*", "plain"), (".*/bias", "plain"))}, "exactly one"),

@@ -22,7 +22,12 @@ from bigmed.report import svg, table
 log = logging.getLogger("bigmed")
 
 # Curves shown at once, by the name in metrics.jsonl; the others are folded away.
-MAIN_CURVES = {"loss": "loss", "contrast_accuracy": "contrastive accuracy", "lr": "learning rate"}
+MAIN_CURVES = {
+    "loss": "loss",
+    "val_loss": "validation loss",
+    "contrast_accuracy": "contrastive accuracy",
+    "lr": "learning rate",
+}
 CHANCE = {"auc_macro": 0.5}
 OPEN_LINES = 9  # a longer table of differences is folded away
 SAME_TEST_SET = ("labels", "image_ids", "class_names")  # arrays of predictions to be compared
