@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
+import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 from test_tools import tool
 
-from bigmed import checkpoint, curriculum, tree
+from bigmed import augment, checkpoint, curriculum, tree
 from bigmed.convert import export, read, resnet, weights
 from bigmed.convert.encoder import Encoder
 from bigmed.errors import UserError
@@ -277,7 +278,7 @@ def test_another_architecture_is_refused_with_both_sides(tmp_path):
 
 def test_every_resnet_has_tables_that_name_every_leaf():
     """Abstractly; the other families' tests do the same for theirs."""
-    for name, section in resnet_module.NAMED.items():
+    for name, section in resnet_module.TORCHVISION.items():
         module = build(section)
         shapes = weights.abstract_leaves(module, 224, 3)
         for naming in resnet.NAMINGS:
@@ -337,8 +338,6 @@ def test_a_run_is_exported_loaded_by_transformers_and_imported_again_bit_equal(r
     transformers = pytest.importorskip("transformers")
     import torch
 
-    from bigmed import augment
-
     module = transformers.AutoModel.from_pretrained(out, add_pooling_layer=False).eval()
     boxes = np.tile(np.array([0, 0, 40, 36], np.int32), (3, 1))
     views = np.array(augment.eval_transform(augment.AugmentConfig(size=32), jnp.asarray(x), boxes))
@@ -365,6 +364,41 @@ def test_timms_config_says_the_normalisation(tmp_path, section, normalize, mean,
     assert described["std"][0] == pytest.approx(std, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("section", "size", "channels", "normalize", "eval_crop", "side"),
+    [
+        (RESNET18, 224, 3, "imagenet", 0.875, 256),
+        (RESNET18, 32, 1, "imagenet", 0.875, 36),  # 36.57, and an even border
+        (VIT, 48, 1, "half", 1.0, 48),
+        ({"name": "bit", "depth": 50, "width": 1}, 64, 1, "none", 0.8, 80),  # takes grey as RGB
+    ],
+)
+def test_transformers_makes_our_pixels_of_an_image_by_the_exported_folder(
+    tmp_path, section, size, channels, normalize, eval_crop, side
+):
+    transformers = pytest.importorskip("transformers")
+    shapes = weights.abstract_leaves(build(section), size, channels)
+    leaves = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    form = {"size": size, "channels": channels, "normalize": normalize, "eval_crop": eval_crop}
+    out = tmp_path / "out"
+    export.export(weights.Weights(section, leaves=leaves, **form), "huggingface", out, "")
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+
+    image = np.random.default_rng(0).integers(0, 256, (side, side, channels), np.uint8)
+    pil = PIL.Image.fromarray(image if channels == 3 else image[:, :, 0])
+    found = processor(pil, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    settings = augment.AugmentConfig(size=size, normalize=normalize, eval_crop=eval_crop)
+    box = np.array([[0, 0, side, side]], np.int32)
+    expected = np.asarray(augment.eval_transform(settings, jnp.asarray(image[None]), box)[0])
+    if section["name"] == "bit":  # what our network does by itself
+        expected = np.repeat(expected, 3, axis=-1) * 2 - 1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    # of another size: the crop and the number of channels are the network's
+    wide = processor(PIL.Image.new("L", (300, 200)), return_tensors="np")["pixel_values"]
+    config = json.loads((out / "config.json").read_text())
+    assert wide.shape == (1, config["num_channels"], size, size)
+
+
 def test_npz_comes_back_bit_equal_and_is_npz(run, tmp_path):
     stage_weights, _ = export.from_run(run)
     export.export(stage_weights, "npz", tmp_path / "out", "card")
@@ -381,7 +415,8 @@ def test_a_torn_stage_is_not_exported_with_the_metrics_of_its_end(run, tmp_path)
     copy = shutil.copytree(run, tmp_path / "copy")
     last = max((copy / "00_simclr" / "checkpoints").iterdir(), key=lambda path: int(path.name))
     stages = json.loads((copy / "curriculum.json").read_text())
-    stages["stages"][0]["steps"] = int(last.name) + 1  # as if a later one had been set aside
+    # as if a later one had been set aside
+    stages["stages"][0]["weights"] = f"checkpoints/{int(last.name) + 1}"
     (copy / "curriculum.json").write_text(json.dumps(stages))
     with pytest.raises(UserError, match="last checkpoint of '00_simclr' is torn"):
         export.from_run(copy)

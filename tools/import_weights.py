@@ -3,17 +3,24 @@
     python tools/import_weights.py --from torchvision --src resnet50.safetensors --model resnet50 \
         --normalize imagenet --out DIR
     python tools/import_weights.py --from huggingface --src FOLDER --normalize imagenet --out DIR
+    python tools/import_weights.py --from simclr --src model.ckpt-250228 --model simclr_r50_1x_sk1 \
+        --normalize none --out DIR
+    python tools/import_weights.py --from remedis --src cxr-50x1-remedis-m --model bit_r50x1 \
+        --normalize none --size 448 --out DIR
 
 --src is a .safetensors or .npz file, or a folder with model.safetensors (whole or in shards) and,
-where --model is left out, a config.json. A pickle (.pth, .bin) is read on request alone, by PyTorch
-in a process of its own. Every tensor of the source is used or listed as left over; a leaf that the
-source does not have is an error.
+where --model is left out, a config.json; or TensorFlow's (`pip install 'bigmed[tf]'`): a
+checkpoint's prefix, or a SavedModel's folder. A pickle (.pth, .bin, .ckpt) is read on request
+alone, by PyTorch in a process of its own. Every tensor of the source is used or listed as left
+over; a leaf that the source does not have is an error.
 
 Then: --config.init_from.weights=DIR (with the same --config.model, size, channels and normalize),
 or tools/extract_features.py --model DIR.
 """
 
+import itertools
 import pathlib
+import re
 import sys
 
 import command  # beside this file
@@ -21,8 +28,10 @@ from absl import app, flags
 
 from bigmed.errors import UserError, did_you_mean
 
-FROM = flags.DEFINE_string("from", None, "The naming: torchvision, timm, huggingface, npz, ...")
-SRC = flags.DEFINE_string("src", None, "The file or folder.")
+FROM = flags.DEFINE_string(
+    "from", None, "The naming: torchvision, timm, huggingface, npz, simclr, remedis, ..."
+)
+SRC = flags.DEFINE_string("src", None, "The file, folder or TensorFlow checkpoint.")
 MODEL = flags.DEFINE_string("model", None, "A published name, e.g. resnet50; else config.json's.")
 OUT = flags.DEFINE_string("out", None, "The folder to make.")
 NORMALIZE = flags.DEFINE_enum(
@@ -33,7 +42,10 @@ SIZE = flags.DEFINE_integer("size", 224, "Of the images; position codes are resa
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of the images, 1 or 3; the stem is refolded.")
 PREFIX = flags.DEFINE_string("prefix", None, "The nest that holds the model; else found out.")
 ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "Read a pickle that you trust.")
-SHOWN = 5  # names of left-over tensors
+# How the name of a layer's weight ends.
+WEIGHTS = ("weight", "bias", "running_mean", "running_var", "kernel", "gamma", "beta")
+WEIGHTS += ("moving_mean", "moving_variance")
+SHOWN = 5  # leaves that the source lacks
 
 
 def _import() -> None:
@@ -64,12 +76,32 @@ def _import() -> None:
     count = sum(leaf.size for leaf in found.leaves.values())
     print(f"{OUT.value}: {len(found.leaves)} leaves, {count:,} numbers, of {found.model}")
     if found.left_over:
-        print(f"left over: {len(found.left_over)} tensors: {_shown(found.left_over)}")
+        print(f"left over: {len(found.left_over)} tensors: {_grouped(found.left_over)}")
 
 
 def _shown(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(f"'{name}'" for name in names[:SHOWN]) + more
+
+
+def _grouped(names: tuple[str, ...]) -> str:
+    """'module.encoder_k.layer1.0.bn1.bias' is one of 'module.encoder_k...'; a few stand alone.
+
+    Names that end as no layer's weight does, such as an optimiser's, are apart from those that do.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        separator = "/" if "/" in name else "."
+        *parts, last = name.split(separator)
+        kept = itertools.takewhile(lambda part: not re.search(r"\d", part), parts)
+        start = separator.join(itertools.islice(kept, 1 if separator == "/" else 2))
+        end = "" if last in WEIGHTS else f"{separator}{last}"
+        groups.setdefault(f"{start}...{end}", []).append(name)
+    shown = []
+    for group, members in groups.items():
+        few = len(members) <= 2
+        shown += [f"'{name}'" for name in members] if few else [f"{len(members)} of '{group}'"]
+    return ", ".join(shown)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """BiT ResNet-v2: the names of Google's released .npz files, of timm and of transformers.
 
+REMEDIS's networks are BiTs as SavedModels, with the names of the .npz files in other scopes.
+
 All three pad alike. timm and transformers add 1e-8 to a kernel's variance, BiT and we 1e-10: the
 features differ where a filter's weights are smaller than about 1e-3.
 """
@@ -10,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from bigmed.convert.mapping import CONV, SAME, Entry, timm_config
+from bigmed.convert.mapping import CONV, SAME, Entry, renamed, timm_config
 from bigmed.errors import UserError, did_you_mean
 from bigmed.models import bit
 
 NAMINGS = ("npz", "huggingface", "timm")
+READ_ONLY = ("remedis",)
 # Of three channels for grey images too, which the model takes as three equal channels.
 STEM = "params/stem/kernel"
 PIXELS = (0.5, 0.5)  # [0, 1] to [-1, 1]
 
+_SCOPES = re.compile(r"^(?:\w+/)*?(?=(?:root_block|block\d+/unit\d+|group_norm)/)")
 _SIZES = (256, 512, 1024, 2048)  # channels after each stage, at width 1
 # A BitConfig's settings of which BiT has one value, which is also the default.
 _FIXED = {
@@ -34,6 +38,7 @@ _FIXED = {
 
 def entries(model: bit.Model, naming: str) -> list[Entry]:
     """Every leaf of the model beside its foreign tensor."""
+    naming = "npz" if naming == "remedis" else naming
     npz = naming == "npz"
     layout = SAME if npz else CONV
     kernel = "/standardized_conv2d/kernel" if npz else ".weight"
@@ -68,11 +73,19 @@ def entries(model: bit.Model, naming: str) -> list[Entry]:
 
 
 def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Numbered convolutions, 'standardized_conv2d_7' as in some .npz files, without the number."""
-    return {
-        re.sub(r"/standardized_conv2d_\d+/", "/standardized_conv2d/", name): tensor
-        for name, tensor in tensors.items()
-    }
+    """Whatever scopes stand around the network as 'resnet', and convolutions without a number.
+
+    Some .npz files number them, 'standardized_conv2d_7'; REMEDIS's networks may stand in
+    'base_model/module/resnet'.
+    """
+    names = {name: _SCOPES.sub("resnet/", name, count=1) for name in tensors}
+    return renamed(
+        tensors,
+        {
+            name: re.sub(r"/standardized_conv2d_\d+/", "/standardized_conv2d/", new)
+            for name, new in names.items()
+        },
+    )
 
 
 def describe(model: bit.Model, naming: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

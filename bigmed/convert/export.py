@@ -46,10 +46,9 @@ def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weig
     encoder = done[stage].get("encoder")
     if encoder is None:
         raise UserError(f"{workdir}: an older version made '{stage}' and did not note its model")
-    flat, meta = checkpoint.load_flat(
-        workdir / stage / "checkpoints", ("(params|batch_stats)/backbone/.*",)
-    )
-    if meta["step"] != done[stage]["steps"]:
+    kept = pathlib.Path(workdir, stage, done[stage]["weights"])  # the last or the best checkpoint
+    flat, meta = checkpoint.load_flat(kept.parent, ("(params|batch_stats)/backbone/.*",))
+    if str(meta["step"]) != kept.name:
         raise UserError(
             f"the last checkpoint of '{stage}' is torn; run the same command again to train its "
             "end anew"
@@ -78,6 +77,8 @@ def export(
 ) -> dict[str, np.ndarray]:
     """Writes weights, config.json and a model card that `naming`'s library loads.
 
+    For transformers also preprocessor_config.json, from which AutoImageProcessor makes the images.
+
     Args:
       weights: of the encoder.
       naming: a naming of the family; 'npz' writes weights.npz.
@@ -90,7 +91,7 @@ def export(
     Raises:
       UserError: the library has no such model, or the folder is not empty.
     """
-    family = ours.family_of(weights.model, naming)
+    family = ours.family_of(weights.model, naming, to_write=True)
     module = build(weights.model)
     tensors = mapping.to_theirs(weights.leaves, family.entries(module, naming))
     shapes = {path: leaf.shape for path, leaf in weights.leaves.items()}
@@ -101,6 +102,8 @@ def export(
             mean, std = pixel_moments(weights)
             described["pretrained_cfg"] |= {"mean": mean, "std": std}
         files["config.json"] = described
+        if naming == "huggingface" and "num_channels" in described:
+            files["preprocessor_config.json"] = _preprocessor(weights, described["num_channels"])
     name = "weights.npz" if naming == "npz" else "model.safetensors"
     ours.write_folder(folder, tensors, name, files)
     return tensors
@@ -116,6 +119,36 @@ def pixel_moments(weights: ours.Weights) -> tuple[list[float], list[float]]:
     mean, deviation = augment.moments(weights.normalize, weights.channels)
     joined = mean + deviation * inner_mean, deviation * inner_deviation
     return tuple([round(float(x), 6) for x in values] for values in joined)
+
+
+def _preprocessor(weights: ours.Weights, channels: int) -> dict[str, Any]:
+    """`augment.eval_transform` of 8-bit images as transformers describes it.
+
+    The same numbers where nothing is resized: there the border that is cut off must be even, as
+    the two sides put an odd pixel on different ends. Elsewhere transformers also smooths before it
+    shrinks.
+
+    Args:
+      weights: of the encoder.
+      channels: of the exported network, which may be 3 for grey images.
+    """
+    border = round((weights.size / weights.eval_crop - weights.size) / 2)
+    mean, deviation = pixel_moments(weights)
+    repeat = channels // len(mean)
+    return {
+        "image_processor_type": "BitImageProcessor",  # the one that crops the centre
+        "do_convert_rgb": channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": weights.size + 2 * border},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": weights.size, "width": weights.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean * repeat,
+        "image_std": deviation * repeat,
+    }
 
 
 def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, licence: str) -> str:

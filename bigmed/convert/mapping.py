@@ -13,6 +13,7 @@ A family's module in this package defines
 and, where the network scales pixels by itself, or names or sizes of foreign tensors vary,
 
   PIXELS                     (mean, deviation) of that scaling
+  READ_ONLY                  further foreign namings, which nothing is exported in
   plain_names(tensors)       -> the same tensors under the names of the tables
   fit_positions(tensors, model, naming, (height, width))
                              -> the same tensors, position codes resampled to images of this size
@@ -117,6 +118,24 @@ def to_theirs(
         ):
             tensors[name] = np.ascontiguousarray(tensor)
     return tensors
+
+
+def renamed(
+    tensors: Mapping[str, np.ndarray], names: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """The tensors, those that `names` has under their new names.
+
+    Raises:
+      UserError: two of them would have the same name.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        new = names.get(name, name)
+        if new in found:
+            twin = next(old for old in tensors if names.get(old, old) == new)
+            raise UserError(f"the file holds '{new}' twice, as '{twin}' and as '{name}'")
+        found[new] = tensor
+    return found
 
 
 def timm_config(architecture: str, features: int, channels: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Reading foreign files of tensors: safetensors, whole or in shards, npz; pickles only on request.
+"""Reading foreign files of tensors: safetensors, npz, TensorFlow's; pickles only on request.
 
-A pickle (.pth, .pt, .bin) can run code when it is read. It is refused unless the caller asks for
-it, and is then read by PyTorch with `weights_only=True` in a process of its own.
+A pickle (.pth, .pt, .bin, .ckpt) can run code when it is read. It is refused unless the caller asks
+for it, and is then read by PyTorch with `weights_only=True` in a process of its own.
 """
 
 import json
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bigmed.convert import tf_checkpoint
 from bigmed.errors import UserError, did_you_mean
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -26,7 +27,8 @@ def read_tensors(path: pathlib.Path, *, allow_pickle: bool = False) -> dict[str,
     """Every tensor of a file, or of a folder of a known layout, float16 and bfloat16 as float32.
 
     Args:
-      path: .safetensors, .npz, a pickle; or a folder with model.safetensors (or its index).
+      path: .safetensors, .npz, a pickle; a folder with model.safetensors (or its index); or what
+        `tf_checkpoint.prefix_of` takes.
       allow_pickle: read a pickle, in a process of its own.
 
     Raises:
@@ -34,14 +36,17 @@ def read_tensors(path: pathlib.Path, *, allow_pickle: bool = False) -> dict[str,
         was not asked for.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        found = [path / name for name in _FILES if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path} holds none of {', '.join(_FILES)}")
-        path = found[0]
-    if not path.is_file():
+    path = next((path / name for name in _FILES if (path / name).is_file()), path)
+    prefix = tf_checkpoint.prefix_of(path)
+    if prefix is None and path.is_dir():
+        valid = ", ".join((*_FILES, "variables/variables.index"))
+        raise UserError(f"{path} holds none of {valid}")
+    if prefix is None and not path.is_file():
         raise UserError(f"no file {path}")
-    if path.name.endswith(".index.json"):
+    if prefix is not None:
+        variables = tf_checkpoint.read_variables(prefix)
+        tensors = {name: _as_float32(variable) for name, variable in variables.items()}
+    elif path.name.endswith(".index.json"):
         tensors = _read_shards(path)
     elif path.suffix == ".safetensors":
         tensors = _read_safetensors(path)
@@ -105,10 +110,21 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} does not read as npz: {_one_line(error)}") from error
 
 
+# What a program's settings are pickled as, beside its weights, is read as an object that keeps
+# nothing and does nothing.
 _UNPICKLE = """
 import sys
 import torch
 from safetensors.torch import save_file
+
+class Namespace:
+    def __init__(self, *args, **kwargs):
+        pass
+    def __setstate__(self, state):
+        pass
+
+Namespace.__module__ = "argparse"
+torch.serialization.add_safe_globals([Namespace])
 
 def tensors(value, prefix=""):
     if isinstance(value, torch.Tensor):

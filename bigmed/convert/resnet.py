@@ -1,18 +1,23 @@
-"""ResNet: the names of torchvision, which timm shares, and of transformers' ResNetModel.
+"""ResNet: the names of torchvision, which timm shares, of transformers' ResNetModel, of SimCLR.
 
 Batch normalisation is the same on both sides (epsilon 1e-5; PyTorch's momentum 0.1 is our 0.9).
 PyTorch pads the max-pooling on every side: `stem='torchvision'`. Its `num_batches_tracked` has no
 counterpart here: left over on import, absent from an export, filled in by PyTorch itself.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from bigmed.convert.mapping import CONV, Entry, timm_config, timm_named
+import numpy as np
+
+from bigmed.convert import simclr
+from bigmed.convert.mapping import CONV, Entry, renamed, timm_config, timm_named
 from bigmed.errors import UserError
 from bigmed.models import resnet
 
 NAMINGS = ("torchvision", "timm", "huggingface")
+READ_ONLY = ("simclr",)
 STEM = "params/stem/conv/kernel"
 _STATISTICS = (
     ("params", "scale", "weight"),
@@ -20,14 +25,20 @@ _STATISTICS = (
     ("batch_stats", "mean", "running_mean"),
     ("batch_stats", "var", "running_var"),
 )
+# torchvision's network as a bare sequence of its parts, as lightly has it; 2, 3 and 8 are without
+# parameters, 9 is the classifier
+_PLACES = dict(zip("014567", ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), strict=True))
+_NUMBERED_BLOCK = re.compile(r"^(.*\.)?[4-7]\.\d+\.(?:conv\d|bn\d|downsample)\.")
 
 
 def entries(model: resnet.Model, naming: str) -> list[Entry]:
     """Every leaf of the model beside its foreign tensor.
 
     Raises:
-      UserError: a network that PyTorch's libraries do not have.
+      UserError: a network that PyTorch's libraries, or SimCLR's code, do not have.
     """
+    if naming == "simclr":
+        return simclr.entries(model)
     _check_describable(model)
     huggingface = naming == "huggingface"
     blocks, bottleneck = resnet.VARIANTS[model.depth]
@@ -62,6 +73,18 @@ def entries(model: resnet.Model, naming: str) -> list[Entry]:
                     names = pair(f"{theirs}.shortcut")
                 conv_norm(f"{ours}/shortcut/conv", f"{ours}/shortcut/norm", *names)
     return table
+
+
+def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A bare sequence's numbers as torchvision's names, and `simclr.plain_names`."""
+    nests = {found[1] or "" for name in tensors if (found := _NUMBERED_BLOCK.match(name))}
+    names = {}
+    for nest in nests:
+        for name in tensors:
+            place, _, rest = name.removeprefix(nest).partition(".")
+            if name.startswith(nest) and place in _PLACES:
+                names[name] = f"{nest}{_PLACES[place]}.{rest}"
+    return simclr.plain_names(renamed(tensors, names))
 
 
 def describe(model: resnet.Model, naming: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,12 +125,13 @@ def from_description(config: Mapping[str, Any]) -> dict[str, Any]:
                 width = int(config["embedding_size"]) // 64
                 return {"name": "resnet", "depth": depth, "width": width, "stem": "torchvision"}
         raise UserError(f"config.json: no ResNet here has depths {list(depths)}")
-    return timm_named(config, resnet.NAMED)
+    return timm_named(config, resnet.TORCHVISION)
 
 
 def _check_describable(model: resnet.Model) -> None:
-    if model.stem != "torchvision" or model.sk_ratio or model.resnet_d:
+    if model.stem != "torchvision" or model.sk_ratio or model.resnet_d or model.project_first:
         raise UserError(
             f"a ResNet with stem='{model.stem}', sk_ratio={model.sk_ratio}, "
-            f"resnet_d={model.resnet_d} is none of PyTorch's; valid: stem='torchvision', 0, False"
+            f"resnet_d={model.resnet_d}, project_first={model.project_first} is none of PyTorch's; "
+            "valid: stem='torchvision', 0, False, False"
         )

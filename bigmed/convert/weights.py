@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmed import tree
-from bigmed.convert import mapping, read
+from bigmed.convert import mapping, read, tf_checkpoint
 from bigmed.errors import UserError, did_you_mean
 from bigmed.models.catalogue import build
 
@@ -65,8 +65,18 @@ def families() -> dict[str, Any]:
     return {name: module for name, module in found.items() if hasattr(module, "NAMINGS")}
 
 
-def family_of(model: Mapping[str, Any], naming: str) -> Any:
+def readable(family: Any) -> tuple[str, ...]:
+    """The namings in which weights of a family can be imported."""
+    return (*family.NAMINGS, *getattr(family, "READ_ONLY", ()))
+
+
+def family_of(model: Mapping[str, Any], naming: str, *, to_write: bool = False) -> Any:
     """The module of tables of a model's family.
+
+    Args:
+      model: a `config.model` section.
+      naming: of foreign weights.
+      to_write: that will be exported, not imported.
 
     Raises:
       UserError: the family has no tables, or does not know the naming.
@@ -77,10 +87,9 @@ def family_of(model: Mapping[str, Any], naming: str) -> Any:
             f"no weights of '{model['name']}' can be converted; valid: {', '.join(known)}"
         )
     family = known[model["name"]]
-    if naming not in family.NAMINGS:
-        raise UserError(
-            f"naming '{naming}' of a {model['name']}: {did_you_mean(naming, family.NAMINGS)}"
-        )
+    namings = family.NAMINGS if to_write else readable(family)
+    if naming not in namings:
+        raise UserError(f"naming '{naming}' of a {model['name']}: {did_you_mean(naming, namings)}")
     return family
 
 
@@ -110,7 +119,7 @@ def import_weights(
 
     Args:
       source: see `read.read_tensors`.
-      naming: one of the family's `NAMINGS`.
+      naming: one of the family's `readable` ones.
       model: a `config.model` section; None: as the config.json beside the weights says.
       size: of the images, pixels; position codes are resampled to it.
       channels: of the images, 1 or 3; the stem is summed or spread over them.
@@ -123,7 +132,7 @@ def import_weights(
     """
     if size < 1 or channels not in (1, 3):
         raise UserError(f"size={size}, channels={channels}: valid: 1 and more; 1 or 3")
-    known = sorted({name for family in families().values() for name in family.NAMINGS})
+    known = sorted({name for family in families().values() for name in readable(family)})
     if naming not in known:
         raise UserError(f"naming '{naming}': {did_you_mean(naming, known)}")
     model = dict(model) if model else _described(source, naming)
@@ -299,9 +308,13 @@ def check_same_model(section: Mapping[str, Any], module: Any, where: Any) -> Non
 
 
 def sha256(path: pathlib.Path) -> str:
-    """Of a file, or of a folder's files in order of their names."""
+    """Of a file, of a folder's files in order of their names, or of a TensorFlow checkpoint's."""
     digest = hashlib.sha256()
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    prefix = tf_checkpoint.prefix_of(path)
+    if prefix is not None:
+        files = tf_checkpoint.files(prefix)
+    else:
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):

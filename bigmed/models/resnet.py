@@ -24,10 +24,24 @@ VARIANTS = {
     200: ((3, 24, 36, 3), True),
 }
 STEMS = ("imagenet", "torchvision", "small")
-# published name -> `config.model`; the torchvision stem, so that PyTorch's weights fit exactly
-NAMED = {
+# Published name -> `config.model`. The torchvision stem, so that PyTorch's weights fit exactly.
+TORCHVISION = {
     f"resnet{depth}": {"name": "resnet", "depth": depth, "stem": "torchvision"}
     for depth in (18, 34, 50, 101, 152)
+}
+# Released by SimCLR: (depth, width, selective kernels); 50 layers 1x, 2x and 4x by v1, all by v2
+# but 4x.
+_SIMCLR = [(d, w, sk) for d in (50, 101, 152) for w in (1, 2) for sk in (0, 1)]
+_SIMCLR += [(50, 4, 0), (152, 3, 1)]
+NAMED = TORCHVISION | {
+    f"simclr_r{depth}_{width}x_sk{sk}": {
+        "name": "resnet",
+        "depth": depth,
+        "width": width,
+        "stem": "imagenet",
+        **({"sk_ratio": 0.0625, "resnet_d": True} if sk else {}),
+    }
+    for depth, width, sk in _SIMCLR
 }
 EXPANSION = 4  # of a bottleneck's output over its inner width
 MIN_SK_DIM = 32
@@ -84,6 +98,7 @@ class Block(nn.Module):
     sk_ratio: float
     resnet_d: bool
     dtype: Any
+    project: bool = False  # the input even where its shape stays
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -96,7 +111,7 @@ class Block(nn.Module):
 
         out = c * EXPANSION if self.bottleneck else c
         residual = x
-        if strides > 1 or x.shape[-1] != out:
+        if self.project or strides > 1 or x.shape[-1] != out:
             if self.resnet_d:
                 residual, strides_left = avg_pool(x, strides), 1
             else:
@@ -125,13 +140,15 @@ class Stage(nn.Module):
     strides: int
     remat: bool
     block: dict[str, Any]  # what every block of the network shares
+    project: bool = False  # the input of the first block even where its shape stays
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         for j in range(1, self.blocks + 1):
-            strides = self.strides if j == 1 else 1
-            x = block_class(self.features, strides, **self.block, name=f"block{j}")(x, train)
+            strides, project = (self.strides, self.project) if j == 1 else (1, False)
+            block = {**self.block, "project": project, "name": f"block{j}"}
+            x = block_class(self.features, strides, **block)(x, train)
         return x
 
 
@@ -147,6 +164,8 @@ class Model(nn.Module):
       sk_ratio: of selective kernels, 0.0625 in SimCLR v2; 0 turns them off.
       resnet_d: three 3x3 convolutions as imagenet stem and average-pooled shortcuts
         (arXiv 1812.01187); SimCLR v2's selective-kernel networks have both.
+      project_first: project the input of the first stage even where its shape stays, as SimCLR's
+        code does: for its networks of 18 and 34 layers (deeper ones change the shape there).
       train_after_stage: fine-tune only what comes after this stage; -1: everything, 0: the stem is
         frozen, 4: the whole network. The frozen part uses its running statistics and gets no
         gradient (freeze it in `config.optim` too, against weight decay).
@@ -159,6 +178,7 @@ class Model(nn.Module):
     stem: str = "imagenet"
     sk_ratio: float = 0.0
     resnet_d: bool = False
+    project_first: bool = False
     train_after_stage: int = -1
     remat: bool = False
     dtype: Any = jnp.float32
@@ -216,7 +236,8 @@ class Model(nn.Module):
             x = jax.lax.stop_gradient(x)
         for i, n in enumerate(blocks, start=1):
             features, strides = 64 * self.width * 2 ** (i - 1), 1 if i == 1 else 2
-            stage = Stage(features, n, strides, self.remat, block, name=f"stage{i}")
+            project = self.project_first and i == 1
+            stage = Stage(features, n, strides, self.remat, block, project, name=f"stage{i}")
             x = stage(x, train and frozen_to < i)
             if frozen_to == i:
                 x = jax.lax.stop_gradient(x)
