@@ -88,7 +88,10 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
             f"image(s) a row but config.data.pairs={config.data.pairs!r} gives "
             f"{spec['image'].shape[1]}; valid: None for single images, 'case' for pairs"
         )
-    objective = objective_class(config, DataSpec(pipeline.class_names, pipeline.task))
+    data = DataSpec(
+        pipeline.class_names, pipeline.task, pipeline.units_per_epoch, pipeline.tokeniser
+    )
+    objective = objective_class(config, data)
     total_steps = stage_steps(config, pipeline.units_per_epoch)
     # The optimiser is made from shapes: the parameters themselves do not exist yet.
     params = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec)[0])

@@ -11,6 +11,8 @@ from ml_collections.config_dict import placeholder
 def resnet(depth: int, width: int = 1, **overrides) -> ConfigDict:
     """A ResNet v1.5; `stem='small'` for images of 96 pixels and less."""
     settings = {"depth": depth, "width": width, "stem": placeholder(str), "remat": False}
+    settings |= {"sk_ratio": placeholder(float), "resnet_d": placeholder(bool)}
+    settings |= {"project_first": placeholder(bool)}  # SimCLR's networks of 18 and 34 layers
     return ConfigDict({"name": "resnet", **settings, **overrides})
 
 
@@ -54,6 +56,23 @@ def augmentation(recipe: str, size: int) -> ConfigDict:
         "normalize": placeholder(str),
     }
     return ConfigDict({"recipe": recipe, "size": size, **overrides})
+
+
+def text(tokeniser: str = "", **overrides) -> ConfigDict:
+    """What of the reports is drawn, and its tokeniser; '' for no texts. See `bigmed.data.text`."""
+    settings = {
+        "tokeniser": tokeniser,  # a folder as transformers saves it, or a WordPiece vocabulary
+        "lower_case": placeholder(bool),
+        "length": 128,
+        "headers": "known",  # or 'mimic'
+        "sections": "findings+impression",  # or 'impression', 'either', 'all'
+        "unit": "sentence",  # or 'section', 'report'
+        "min_tokens": 3,
+        "sentences": 1,  # units joined to a text; 0: all of the report
+        "texts": 1,  # a row
+        **overrides,
+    }
+    return ConfigDict(settings)
 
 
 def source(folder: str, split: str, **overrides) -> ConfigDict:
@@ -146,6 +165,7 @@ def base() -> ConfigDict:
             "channels": 1,
             "pairs": placeholder(str),
             "single_image": "augment",
+            "text": text(),
             "workers": 0,
             "threads": placeholder(int),
             "prefetch": 4,

@@ -144,7 +144,7 @@ def test_mixed_sources_each_pass_through_all_their_units():
     plan = _plan([Units.images(30), Units.images(10)], batch_size=8, proportions=(3, 1))
     seen = collections.defaultdict(list)
     for step in range(15):  # 120 rows: 90 and 30
-        source, records = plan[step]
+        source, records, _ = plan[step]
         for number in (0, 1):
             seen[number] += records[source == number, 0].tolist()
     for number, size in ((0, 30), (1, 10)):

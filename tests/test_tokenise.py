@@ -254,7 +254,7 @@ def test_another_process_may_be_first(vocabulary, tmp_path, monkeypatch):
 
 
 def test_missing_or_useless_tokenisers(tmp_path, no_network):
-    with pytest.raises(UserError, match="config.text.tokeniser='bert-base-uncased' does not exist"):
+    with pytest.raises(UserError, match="data.text.tokeniser='bert-base-uncased' does not exist"):
         tokenise.load("bert-base-uncased")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty' holds no usable tokeniser") as error:
@@ -286,19 +286,19 @@ def test_a_tokeniser_that_does_not_fit_the_tower(vocabulary):
     for vocab_size in (n - 1, n + 128):
         with pytest.raises(UserError, match=f"vocab_size={vocab_size} does not fit the {n} tokens"):
             tokenise.check_fits(tokeniser, vocab_size, 512, 77)
-    with pytest.raises(UserError, match="config.text.length=513 is beyond .*max_length=512"):
+    with pytest.raises(UserError, match="config.data.text.length=513 is beyond .*max_length=512"):
         tokenise.check_fits(tokeniser, n, 512, 513)
 
 
 def test_lengths(vocabulary, tmp_path):
     tokeniser = tokenise.load(vocabulary)
-    with pytest.raises(UserError, match="config.text.length=2 does not suit .*valid: 3 or more"):
+    with pytest.raises(UserError, match="data.text.length=2 does not suit .*valid: 3 or more"):
         tokenise.encode(TEXTS, tokeniser, 2)
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "BertTokenizer", "model_max_length": 20}'
     )
     tokeniser = tokenise.load(tmp_path)
-    with pytest.raises(UserError, match="config.text.length=21 does not suit .*valid: 3 to 20"):
+    with pytest.raises(UserError, match="data.text.length=21 does not suit .*valid: 3 to 20"):
         tokenise.tokenise_once(TEXTS, tokeniser, 21, tmp_path / "cache")
 
 

@@ -112,13 +112,18 @@ def build_index(
     return schema.Index.build(ids, np.concatenate(labels), studies or None)
 
 
+def cache_folder() -> pathlib.Path:
+    """Where what is made from data sets is kept: $BIGMED_CACHE, else ~/.cache/bigmed."""
+    return pathlib.Path(os.environ.get("BIGMED_CACHE") or "~/.cache/bigmed").expanduser()
+
+
 def _cached_scan(records: Records, split: str, read_labels: LabelReader | None) -> schema.Index:
     """Index of a split made by reading it through, the first time."""
     files = [(s.path, os.path.getsize(s.path), os.stat(s.path).st_mtime_ns) for s in records.shards]
     reader = dataclasses.astuple(read_labels) if read_labels else None
     key = digest(schema.FORMAT, split, files, records.keys, reader)
-    folder = os.environ.get("BIGMED_CACHE") or pathlib.Path("~/.cache/bigmed").expanduser()
-    cached = pathlib.Path(folder) / f"index-{key[:32]}.npz"
+    folder = cache_folder()
+    cached = folder / f"index-{key[:32]}.npz"
     if cached.is_file():
         with contextlib.suppress(UserError):  # torn: it is made anew
             return schema.Index.load(cached)

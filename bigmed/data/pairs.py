@@ -89,13 +89,16 @@ class Units:
         return cls(np.arange(num_records + 1), np.arange(num_records))
 
     @classmethod
-    def cases(cls, cases: np.ndarray, single_image: str) -> "Units":
+    def cases(
+        cls, cases: np.ndarray, single_image: str, usable: np.ndarray | None = None
+    ) -> "Units":
         """Every case a unit.
 
         Args:
           cases: int [N], the case code of each record.
           single_image: what becomes of a case with one image: 'augment' pairs the image with
             itself, to be augmented twice; 'drop' leaves the case out.
+          usable: bool [N], records that may be drawn; None for all.
 
         Raises:
           UserError: `single_image` is neither.
@@ -103,7 +106,8 @@ class Units:
         if single_image not in SINGLE_IMAGE:
             raise UserError(f"single_image is '{single_image}'; valid: {', '.join(SINGLE_IMAGE)}")
         members = np.argsort(cases, kind="stable")
-        _, counts = np.unique(cases, return_counts=True)
+        members = members if usable is None else members[usable[members]]
+        _, counts = np.unique(cases[members], return_counts=True)
         if single_image == "drop":
             members = members[np.repeat(counts > 1, counts)]
             counts = counts[counts > 1]
@@ -160,8 +164,9 @@ class Plan:
     def __len__(self) -> int:
         return 2**40  # endless: no run makes that many steps
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number int64 [B] and record numbers int64 [B, K] of this host's rows."""
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of this host's rows: source number int64 [B], record numbers int64 [B, K], and the place
+        in the endless stream of rows int64 [B], a number for each visit to a unit."""
         positions = step * self._batch_size + self._rows
         if len(self._units) == 1:
             source = np.zeros(len(positions), np.int64)
@@ -174,12 +179,10 @@ class Plan:
         for number, units in enumerate(self._units):
             mine = source == number
             unit = self._permuted(number, place[mine])
-            if self._pairs:
-                visits = positions[mine]
-                records[mine] = units.draw_pair(unit, self._pair_keys[number], visits)
-            else:
-                records[mine, 0] = unit  # an image is a unit of its own
-        return source, records
+            visits = positions[mine]
+            drawn = units.draw_pair(unit, self._pair_keys[number], visits)
+            records[mine] = drawn[:, : records.shape[1]]
+        return source, records, positions
 
     def _permuted(self, number: int, places: np.ndarray) -> np.ndarray:
         """The units at places of one source's endless stream of permutations."""

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from bigmed.data import images, schema, writer
+from bigmed.data.tokenise import word_vocabulary
 
 NAME = "synthetic_phantom"
 FINDINGS = ("nodules", "consolidation", "effusion", "cardiomegaly")
@@ -158,7 +159,7 @@ def prepare(
         ids = [f"phantom-{seed}-{patient:06d}" for patient in range(num_patients)]
         shares = dict(zip(("train", "val", "test"), fractions, strict=True))
         split_of = schema.patient_split(ids, shares, seed)
-        shards, indexes, patients = {}, {}, {}
+        shards, indexes, patients, reports = {}, {}, {}, []
         for split in shares:
             mine = [patient for patient in range(num_patients) if split_of[ids[patient]] == split]
             if not mine:
@@ -180,6 +181,7 @@ def prepare(
             studies = [f"{name}-study" for name in names]
             indexes[split] = schema.Index.build(names, labels, studies)
             patients[split] = [ids[patient] for patient in mine]
+            reports += [person.report for person in people]
         counts = {split: len(index) for split, index in indexes.items()}
         facts = schema.DatasetFacts(
             name=NAME,
@@ -191,6 +193,7 @@ def prepare(
             synthetic=True,
             plan_sha256=plan,
         )
+        (work.parent / "vocab.txt").write_text(word_vocabulary(reports), encoding="utf-8")
         writer.finish(
             out,
             fields=schema.FIELDS,

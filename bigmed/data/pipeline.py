@@ -13,10 +13,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from bigmed.data import schema
+from bigmed.data import schema, texts
 from bigmed.data.decode import BatchDecoder, available_cores
 from bigmed.data.indexing import digest
-from bigmed.data.pairs import Plan, Units, integer_proportions
+from bigmed.data.pairs import Plan, Units, hash64, integer_proportions
 from bigmed.data.sources import Source, open_source
 from bigmed.errors import UserError, did_you_mean
 
@@ -31,7 +31,8 @@ class Pipeline:
       sources: the opened sources.
       class_names: names of the L label columns: the union over the sources, in their order.
       task: 'single_label', 'multi_label' or 'none'.
-      units_per_epoch: images; or cases with `pairs='case'`.
+      units_per_epoch: images; or cases with `pairs='case'` or with texts.
+      tokeniser: of the texts, or None without.
       fingerprint: hash of all that determines the batches.
     """
 
@@ -50,7 +51,9 @@ class Pipeline:
           config: `sources`, names to mix, each described under `source` (see `open_source`; a
             `weight` is the share of the batch, by default in proportion to the units); `canvas`,
             height and width of the arrays; `channels` 1 or 3; `pairs`, None, or 'case' for two
-            distinct images of a case; `single_image`, see `pairs.Units.cases`; `workers`,
+            distinct images of a case; `single_image`, see `pairs.Units.cases`; `text`, see
+            `texts.prepare`, with which a unit is a case that has a text, of which one image (or
+            two) is drawn, and the text is that of the first; `workers`,
             processes, 0 for threads alone, which keep a handful of cores busy, as decoding needs
             no interpreter lock; `threads`, None for all cores; `prefetch`, batches made ahead.
           seed: of the order of the data.
@@ -70,7 +73,11 @@ class Pipeline:
             raise UserError(f"data.pairs={pairs!r}; valid: None, 'case'")
         _check_canvas(config["canvas"], config["channels"])
         self.sources = _open_sources(config)
-        units = [_units(source, config) for source in self.sources]
+        self.tokeniser, self._texts = None, None
+        if (config.get("text") or {}).get("tokeniser"):
+            self._texts, self.tokeniser = texts.prepare(self.sources, config["text"])
+        of_sources = self._texts or [None] * len(self.sources)
+        units = [_units(s, t, config) for s, t in zip(self.sources, of_sources, strict=True)]
         proportions = _proportions(config, units, batch_size, self.sources)
         self.units_per_epoch = sum(map(len, units))
         self.class_names, labels = _joined_labels(self.sources)
@@ -85,6 +92,7 @@ class Pipeline:
             [(own.starts, own.members) for own in units],
             proportions,
             [seed, batch_size, pairs, config["canvas"], config["channels"]],
+            *([(t.settings.sentences, t.ids, t.starts, t.members) for t in self._texts or ()]),
         )
         plan = Plan(
             units, proportions, seed=seed, batch_size=batch_size, rows=rows, pairs=pairs == "case"
@@ -98,7 +106,8 @@ class Pipeline:
             self._bits,
             max(1, threads // max(1, workers)),
         )
-        assemble = _Assemble(decoder, labels, _joined_patients(self.sources), rows.start)
+        patients = _joined_patients(self.sources)
+        assemble = _Assemble(decoder, labels, patients, rows.start, self._texts, seed)
         self._batches = grain.MapDataset.source(plan).map(assemble)
 
     def batch_spec(self) -> dict[str, Any]:
@@ -107,7 +116,7 @@ class Pipeline:
 
         size, canvas = self._batch_size, self._config["canvas"]
         images = 2 if self._config.get("pairs") else 1
-        return {
+        spec = {
             "image": jax.ShapeDtypeStruct(
                 (size, images, canvas, canvas, self._config["channels"]),
                 np.uint16 if self._bits == 16 else np.uint8,
@@ -117,6 +126,13 @@ class Pipeline:
             "patient": jax.ShapeDtypeStruct((size,), np.int32),
             "index": jax.ShapeDtypeStruct((size,), np.int32),
         }
+        if self._texts:
+            settings = self._texts[0].settings
+            shape = (size, settings.texts, settings.length)
+            spec["tokens"] = jax.ShapeDtypeStruct(shape, np.int32)
+            spec["token_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
+            spec["text_id"] = jax.ShapeDtypeStruct(shape[:2], np.int32)
+        return spec
 
     def host_batch(self, step: int) -> Batch:
         """This host's rows of the batch of a step: a pure function of (seed, step).
@@ -124,7 +140,8 @@ class Pipeline:
         Returns:
           image uint8 or uint16 [B, K, H, W, C], at the top left of the canvas, zeros beyond it;
           box int32 [B, K, 4], its (top, left, height, width); labels int32 [B, L], -2 where there
-          are none; patient int32 [B]; index int32 [B], the row number in the global batch.
+          are none; patient int32 [B]; index int32 [B], the row number in the global batch; with
+          texts also tokens, token_mask and text_id, see `texts.Texts.draw`.
 
         Raises:
           UserError: a record cannot be read or decoded; names data set, split and record number.
@@ -139,9 +156,11 @@ class Pipeline:
 
     def describe(self) -> str:
         """What is trained on, in one line for each source."""
-        unit = "cases" if self._config.get("pairs") else "images"
-        head = f"{self.units_per_epoch} {unit} an epoch in batches of {self._batch_size}"
-        return "\n".join([head, *(source.describe() for source in self.sources)])
+        kind = _kind(self._config)
+        head = f"{self.units_per_epoch} {kind} an epoch in batches of {self._batch_size}"
+        described = [source.describe() for source in self.sources]
+        described += [own.describe() for own in self._texts or ()]
+        return "\n".join([head, *described])
 
 
 def evaluation_batches(
@@ -152,6 +171,7 @@ def evaluation_batches(
     batch_size: int,
     block: int = 0,
     num_blocks: int = 1,
+    text: texts.Texts | None = None,
 ) -> Iterator[Batch]:
     """All records of a source once, in order, in batches of equal size; the last one is padded.
 
@@ -159,7 +179,8 @@ def evaluation_batches(
 
     Returns:
       Batches as `Pipeline.host_batch` gives them with K = 1, and mask bool [B], False in padding
-      rows, and record int32 [B], the record number (-1 in padding).
+      rows, and record int32 [B], the record number (-1 in padding). With `text` also its texts,
+      always the same ones, whose token_mask is False throughout where a record has none.
 
     Raises:
       UserError: as the pipeline.
@@ -168,7 +189,9 @@ def evaluation_batches(
     _check_canvas(canvas, channels)
     decoder = BatchDecoder([source.records], canvas, channels, source.bits, available_cores())
     patients = [source.patients]
-    assemble = _Assemble(decoder, [source.labels], patients, rows.start, evaluation=True)
+    assemble = _Assemble(
+        decoder, [source.labels], patients, rows.start, [text] if text else None, evaluation=True
+    )
     batches = grain.MapDataset.source(_InOrder(len(source), batch_size, rows)).map(assemble)
     return _fetch_ahead(batches, 0, _EVAL_PREFETCH)
 
@@ -184,10 +207,11 @@ class _InOrder:
     def __len__(self) -> int:
         return -(-self._num_records // self._batch_size)
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         records = step * self._batch_size + self._rows
         records = np.where(records < self._num_records, records, -1)
-        return np.zeros(len(records), np.int64), records[:, None]
+        # each record is visited once, so the record itself numbers the visit
+        return np.zeros(len(records), np.int64), records[:, None], records
 
 
 class _Assemble:
@@ -199,16 +223,20 @@ class _Assemble:
         labels: Sequence[np.ndarray],
         patients: Sequence[np.ndarray],
         first_row: int,
+        of_sources: Sequence[texts.Texts] | None,
+        seed: int = 0,
         evaluation: bool = False,
     ):
         self._decoder = decoder
+        self._texts = of_sources
+        self._text_keys = [int(hash64(seed, n, 2)) for n in range(len(labels))]
         self._labels = labels  # per source int8 [N, L]
         self._patients = patients  # per source int32 [N]
         self._first_row = first_row
         self._evaluation = evaluation
 
-    def __call__(self, planned: tuple[np.ndarray, np.ndarray]) -> Batch:
-        source, records = planned  # [B], [B, K]
+    def __call__(self, planned: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Batch:
+        source, records, visits = planned  # [B], [B, K], [B]
         count, images_per_row = records.shape
         wanted = records.copy()
         # A case of one image: decode it once, for both places.
@@ -226,8 +254,27 @@ class _Assemble:
             patient[mine] = self._patients[number][records[mine, 0]]
         index = np.arange(self._first_row, self._first_row + count, dtype=np.int32)
         batch = {"image": image, "box": box, "labels": labels, "patient": patient, "index": index}
+        if self._texts:
+            batch |= self._draw_texts(source, records[:, 0], visits)
         if self._evaluation:
             batch |= {"mask": records[:, 0] >= 0, "record": records[:, 0].astype(np.int32)}
+        return batch
+
+
+    def _draw_texts(self, source: np.ndarray, records: np.ndarray, visits: np.ndarray) -> Batch:
+        settings, count = self._texts[0].settings, len(source)
+        shape = (count, settings.texts, settings.length)
+        batch = {
+            "tokens": np.zeros(shape, np.int32),
+            "token_mask": np.zeros(shape, bool),
+            "text_id": np.zeros(shape[:2], np.int32),
+        }
+        for number, own in enumerate(self._texts):
+            mine = np.flatnonzero((source == number) & (records >= 0))
+            mine = mine[own.has_text[records[mine]]]  # in evaluation some have none
+            drawn = own.draw(records[mine], self._text_keys[number], visits[mine])
+            for name, rows in drawn.items():
+                batch[name][mine] = rows
         return batch
 
 
@@ -280,11 +327,17 @@ def _open_sources(config: Mapping[str, Any]) -> list[Source]:
     return [open_source(config["source"][name]) for name in config["sources"]]
 
 
-def _units(source: Source, config: Mapping[str, Any]) -> Units:
+def _kind(config: Mapping[str, Any]) -> str:
+    text = (config.get("text") or {}).get("tokeniser")
+    return "cases" if config.get("pairs") or text else "images"
+
+
+def _units(source: Source, own: texts.Texts | None, config: Mapping[str, Any]) -> Units:
     """What one source is sampled by."""
-    if config.get("pairs") is None:
+    if _kind(config) == "images":
         return Units.images(len(source))
-    units = Units.cases(source.cases, config.get("single_image") or "augment")
+    single_image = (config.get("single_image") or "augment") if config.get("pairs") else "augment"
+    units = Units.cases(source.cases, single_image, own.has_text if own else None)
     if not len(units):
         raise UserError(
             f"'{source.name}' has no case with two images, so pairs='case' with "
@@ -310,10 +363,9 @@ def _proportions(
     for source, own, proportion in zip(sources, units, proportions, strict=True):
         share = int(np.ceil(batch_size * proportion / sum(proportions)))
         if share > len(own):
-            kind = "cases" if config.get("pairs") else "images"
             raise UserError(
-                f"a batch of {batch_size} takes {share} {kind} of '{source.name}', which has "
-                f"{len(own)}; valid: a smaller batch_size"
+                f"a batch of {batch_size} takes {share} {_kind(config)} of '{source.name}', which "
+                f"has {len(own)}; valid: a smaller batch_size"
             )
     return proportions
 

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
+import string
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -94,8 +96,8 @@ def load(path: str | os.PathLike, *, lower_case: bool | None = None) -> Tokenise
         tokeniser = _from_vocabulary(path, lower_case is not False)
     else:
         raise UserError(
-            f"config.text.tokeniser='{path}' does not exist; valid: a folder with a tokeniser of "
-            "transformers or a vocab.txt (nothing is downloaded)"
+            f"config.data.text.tokeniser='{path}' does not exist; valid: a folder with a tokeniser "
+            "of transformers or a vocab.txt (nothing is downloaded)"
         )
     backend = tokeniser.backend
     capitals = sum(word.isalpha() and word != word.lower() for word in backend.get_vocab())
@@ -103,7 +105,7 @@ def load(path: str | os.PathLike, *, lower_case: bool | None = None) -> Tokenise
     if lowers and capitals > 0.01 * tokeniser.vocab_size:
         log.warning(
             "tokeniser %s lower-cases texts, but %d words of its vocabulary have capitals; if its "
-            "model is a cased one, set config.text.lower_case=False",
+            "model is a cased one, set config.data.text.lower_case=False",
             path,
             capitals,
         )
@@ -126,13 +128,13 @@ def check_fits(tokeniser: Tokeniser, vocab_size: int, max_length: int, length: i
     if not theirs <= vocab_size <= theirs + SPARE_ROWS:
         raise UserError(
             f"config.text_model.vocab_size={vocab_size} does not fit the {theirs} tokens of "
-            f"config.text.tokeniser='{tokeniser.path}'; use the tokeniser of the tower's weights, "
-            f"or a vocab_size of {theirs}"
+            f"config.data.text.tokeniser='{tokeniser.path}'; use the tokeniser of the tower's "
+            f"weights, or a vocab_size of {theirs}"
         )
     if length > max_length:
         raise UserError(
-            f"config.text.length={length} is beyond config.text_model.max_length={max_length}; "
-            f"use at most {max_length}"
+            f"config.data.text.length={length} is beyond "
+            f"config.text_model.max_length={max_length}; use at most {max_length}"
         )
     _check_length(tokeniser, length)
 
@@ -194,6 +196,13 @@ def tokenise_once(
     return found
 
 
+def word_vocabulary(texts: Sequence[str]) -> str:
+    """A WordPiece vocabulary of these texts' lower-cased words, and of letters for all others."""
+    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
+    letters = [mark + letter for mark in ("", "##") for letter in string.ascii_lowercase]
+    return "\n".join([*SPECIAL, *sorted(words - set(letters)), *letters]) + "\n"
+
+
 # -------------------------------------------------------------------------------- inside tokenisers
 
 
@@ -209,12 +218,12 @@ def _from_folder(path: pathlib.Path, lower_case: bool | None) -> Tokeniser:
         reason = " ".join(str(error).split())[:200]
         hint = "; or name its vocab.txt itself" if (path / "vocab.txt").is_file() else ""
         raise UserError(
-            f"config.text.tokeniser='{path}' holds no usable tokeniser: {reason}{hint}"
+            f"config.data.text.tokeniser='{path}' holds no usable tokeniser: {reason}{hint}"
         ) from None
     if not getattr(theirs, "is_fast", False) or theirs.pad_token_id is None:
         raise UserError(
-            f"config.text.tokeniser='{path}' is of the kind {type(theirs).__name__}; valid: one "
-            "with a tokenizer.json or vocab.txt, and with a token for padding"
+            f"config.data.text.tokeniser='{path}' is of the kind {type(theirs).__name__}; valid: "
+            "one with a tokenizer.json or vocab.txt, and with a token for padding"
         )
     longest = int(theirs.model_max_length)  # a huge number where the folder does not say
     return Tokeniser(
@@ -236,8 +245,8 @@ def _from_vocabulary(path: pathlib.Path, lower_case: bool) -> Tokeniser:
     missing = [word for word in SPECIAL if word not in vocabulary]
     if missing:
         raise UserError(
-            f"config.text.tokeniser='{path}' is no WordPiece vocabulary, which has one token a "
-            f"line: it lacks {', '.join(missing)}"
+            f"config.data.text.tokeniser='{path}' is no WordPiece vocabulary, which has one token "
+            f"a line: it lacks {', '.join(missing)}"
         )
     backend = BertWordPieceTokenizer(vocabulary, lowercase=lower_case)._tokenizer
     return Tokeniser(backend, str(path), vocabulary["[PAD]"], None)
@@ -262,7 +271,7 @@ def _check_length(tokeniser: Tokeniser, length: int) -> None:
     if length < least or (most is not None and length > most):
         valid = f"{least} or more" if most is None else f"{least} to {most}"
         raise UserError(
-            f"config.text.length={length} does not suit config.text.tokeniser="
+            f"config.data.text.length={length} does not suit config.data.text.tokeniser="
             f"'{tokeniser.path}'; valid: {valid}"
         )
 

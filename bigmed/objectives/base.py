@@ -45,10 +45,14 @@ class DataSpec:
     Attributes:
       class_names: of the label columns; () without labels.
       task: 'single_label', 'multi_label' or 'none'.
+      num_examples: how many units (images, or cases) an epoch has.
+      tokeniser: of the texts (`bigmed.data.tokenise.Tokeniser`), or None without.
     """
 
     class_names: tuple[str, ...] = ()
     task: str = "none"
+    num_examples: int = 0
+    tokeniser: Any = None
 
 
 class Objective:
