@@ -1,7 +1,8 @@
 """Augmentation on the accelerator: a recipe of `image_ops`, drawn afresh for every image.
 
 The order is that of SimCLR (arXiv 2002.05709, appendix A, and its code) with REMEDIS's additions in
-front: equalise, rotate, crop and resize, flip, colour jitter, grayscale, clip, blur, cutout.
+front and an affine map after the flip: equalise, rotate, crop and resize, flip, affine, colour
+jitter, grayscale, clip, blur, cutout.
 
 Each example draws from its own key, the caller's folded with the example's global index, and every
 decision has a number of its own. So draws do not depend on how the batch is spread over devices,
@@ -31,6 +32,14 @@ _RANGES = {
     "flip_prob": (0.0, 1.0),
     "color_prob": (0.0, 1.0),
     "color_strength": (0.0, 1.25),
+    "jitter_brightness": (0.0, 0.8),
+    "jitter_contrast": (0.0, 0.8),
+    "jitter_saturation": (0.0, 0.8),
+    "jitter_hue": (0.0, 0.4),
+    "affine_degrees": (0.0, 180.0),
+    "affine_shift": (0.0, 1.0),
+    "affine_scale_min": (0.1, 10.0),
+    "affine_scale_max": (0.1, 10.0),
     "grayscale_prob": (0.0, 1.0),
     "blur_prob": (0.0, 1.0),
     "blur_sigma_min": (0.01, 100.0),
@@ -54,10 +63,12 @@ _CHOICES = {
     "antialias": (True, False),
     "brightness": ("multiply", "add"),
     "blur_sigma_per": ("batch", "image"),
+    "grayscale_first": (True, False),
+    "cutout_fill": ("black", "mean"),
     "normalize": tuple(_MOMENTS),
 }
 _WHOLE = ("size", "cutout_holes")
-_PAIRS = ("crop_area", "crop_aspect", "blur_sigma")
+_PAIRS = ("crop_area", "crop_aspect", "blur_sigma", "affine_scale")
 PREPROCESSING = ("size", "eval_crop", "antialias", "normalize")  # what `eval_transform` goes by
 # What an example draws besides its crop and the places of its holes: one number in [0, 1) for each.
 _DRAWS = (
@@ -84,9 +95,18 @@ class AugmentConfig:
     antialias: bool = False  # widen the bicubic kernel when shrinking
     flip_prob: float = 0.5
     color_prob: float = 0.8
-    color_strength: float = 1.0  # brightness, contrast, saturation .8 of this, hue .2
+    color_strength: float = 1.0  # times the reach of each jitter:
+    jitter_brightness: float = 0.8
+    jitter_contrast: float = 0.8
+    jitter_saturation: float = 0.8
+    jitter_hue: float = 0.2
     brightness: str = "multiply"  # 'multiply' (SimCLR v2) | 'add' (v1)
     grayscale_prob: float = 0.2
+    grayscale_first: bool = False  # before the jitter, not after it
+    affine_degrees: float = 0.0  # of the crop, uniform in [-this, this]
+    affine_shift: float = 0.0  # up to this part of the side, in both directions
+    affine_scale_min: float = 1.0
+    affine_scale_max: float = 1.0
     blur_prob: float = 0.5
     blur_sigma_min: float = 0.1  # in pixels of the output
     blur_sigma_max: float = 2.0
@@ -96,6 +116,7 @@ class AugmentConfig:
     cutout_prob: float = 0.0
     cutout_size: float = 0.25  # side of a hole, of the output's
     cutout_holes: int = 1
+    cutout_fill: str = "black"  # 'mean': of `normalize`, so that a hole is 0 after it
     eval_crop: float = 0.875  # of the shorter side; 1 keeps all of it
     # SimCLR's networks take pixels in [0, 1]; others' weights: 'imagenet' mean and deviation, or
     # 'half' (to [-1, 1])
@@ -122,6 +143,7 @@ class AugmentConfig:
                 )
 
 
+# fmt: off
 RECIPES = {
     # SimCLR on photographs. For 32-pixel images SimCLR takes color_strength .5 and no blur.
     "natural": AugmentConfig(),
@@ -130,11 +152,33 @@ RECIPES = {
     # MICLe's chest X-rays: half the jitter, rotation to 45 degrees, no blur as it may hide fine
     # texture (secondary source). The crop area .08 to 1 is SimCLR's: the paper's is unverified.
     "cxr": AugmentConfig(color_strength=0.5, rotation_degrees=45.0, blur_prob=0.0),
+    # C2L's, of its released code: every jitter .4 and always on, three holes of 32 of 224 pixels.
+    # On grey images saturation, hue and grayscale change nothing.
+    "c2l": AugmentConfig(
+        crop_area_min=0.2, affine_degrees=10.0, grayscale_first=True, color_prob=1.0,
+        jitter_brightness=0.4, jitter_contrast=0.4, jitter_saturation=0.4, jitter_hue=0.4,
+        blur_prob=0.0, cutout_prob=1.0, cutout_holes=3, cutout_size=1 / 7, cutout_fill="mean",
+        normalize="imagenet",
+    ),
+    # MoCo v2's (arXiv 2003.04297): v1's crop and grayscale, a weaker jitter and a blur.
+    "moco_v2": AugmentConfig(
+        crop_area_min=0.2, jitter_brightness=0.4, jitter_contrast=0.4, jitter_saturation=0.4,
+        jitter_hue=0.1, blur_sigma_per="image", normalize="imagenet",
+    ),
+    # ConVIRT's (arXiv 2010.00747, section 3.1). U: that the crop's .6 to 1 is of the area, and that
+    # every image is blurred, with a kernel of a tenth of the side.
+    "convirt": AugmentConfig(
+        crop_area_min=0.6, affine_degrees=20.0, affine_shift=0.1, affine_scale_min=0.95,
+        affine_scale_max=1.05, color_prob=1.0, jitter_brightness=0.4, jitter_contrast=0.4,
+        jitter_saturation=0.0, jitter_hue=0.0, grayscale_prob=0.0, blur_prob=1.0,
+        blur_sigma_max=3.0, blur_sigma_per="image",
+    ),
     # No augmentation: the same as `eval_transform`.
     "none": AugmentConfig(
         random_crop=False, flip_prob=0.0, color_prob=0.0, grayscale_prob=0.0, blur_prob=0.0
     ),
 }
+# fmt: on
 
 
 def from_config(config: Mapping[str, Any]) -> AugmentConfig:
@@ -238,16 +282,16 @@ def _view(
         image = jnp.where(on, image_ops.equalize(image, box), image)
     if config.rotation_degrees:
         degrees = _between(-config.rotation_degrees, config.rotation_degrees, draw["rotation"])
-        image = image_ops.rotate(image, box, jnp.deg2rad(degrees))
+        image = image_ops.affine(image, box, jnp.deg2rad(degrees))
 
     crop = _crop(config, crop_key, box)
     image = _resize(config, image, crop, draw["flip"] < config.flip_prob)
 
-    if config.color_prob and config.color_strength:
-        image = jnp.where(draw["color"] < config.color_prob, _jitter(config, draw, image), image)
-    if config.grayscale_prob and image.shape[1] == 3:
-        on = draw["grayscale"] < config.grayscale_prob
-        image = jnp.where(on, image_ops.grayscale(image), image)
+    if config.affine_degrees or config.affine_shift or config.affine_scale_max != 1:
+        image = _affine(config, jax.random.fold_in(key, 0), image)
+    recolour = [_maybe_jitter, _maybe_grayscale]
+    for change in recolour[::-1] if config.grayscale_first else recolour:
+        image = change(config, draw, image)
     image = jnp.clip(image, 0.0, 1.0)
 
     if config.blur_prob and image_ops.blur_taps(config.size) > 1:
@@ -258,9 +302,13 @@ def _view(
         matrix = jnp.where(draw["blur"] < config.blur_prob, blur, jnp.eye(config.size))
         image = jnp.clip(image_ops.separable(image, matrix), 0.0, 1.0)
     if config.cutout_prob and config.cutout_size:
-        holed = image
+        holed, fill = image, np.zeros(image.shape[1], np.float32)
+        if config.cutout_fill == "mean":
+            fill = moments(config.normalize, image.shape[1])[0]
         for centre in jax.random.randint(holes_key, (config.cutout_holes, 2), 0, config.size):
-            holed = image_ops.cutout(holed, centre, round(config.cutout_size * config.size))
+            holed = image_ops.cutout(
+                holed, centre, round(config.cutout_size * config.size), fill
+            )
         image = jnp.where(draw["cutout"] < config.cutout_prob, holed, image)
     return image
 
@@ -285,20 +333,54 @@ def _resize(
     )
 
 
-def _jitter(config: AugmentConfig, draw: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
-    reach, turns = 0.8 * config.color_strength, 0.2 * config.color_strength
+def _affine(config: AugmentConfig, key: jax.Array, image: jax.Array) -> jax.Array:
+    size = image.shape[0]
+    degrees, down, right, scale = jax.random.uniform(key, (4,))
+    reach = config.affine_shift * size
+    turned = image_ops.affine(
+        image.swapaxes(1, 2),
+        jnp.array([0, 0, size, size]),
+        jnp.deg2rad(_between(-config.affine_degrees, config.affine_degrees, degrees)),
+        (_between(-reach, reach, down), _between(-reach, reach, right)),
+        _between(config.affine_scale_min, config.affine_scale_max, scale),
+    )
+    return turned.swapaxes(1, 2)
+
+
+def _maybe_grayscale(
+    config: AugmentConfig, draw: Mapping[str, jax.Array], image: jax.Array
+) -> jax.Array:
+    if not config.grayscale_prob or image.shape[1] != 3:
+        return image
+    return jnp.where(draw["grayscale"] < config.grayscale_prob, image_ops.grayscale(image), image)
+
+
+def _maybe_jitter(
+    config: AugmentConfig, draw: Mapping[str, jax.Array], image: jax.Array
+) -> jax.Array:
+    strength = config.color_strength
+    if not config.color_prob or not strength:
+        return image
+    names = ["brightness", "contrast"]
+    if image.shape[1] == 3 and (config.jitter_saturation or config.jitter_hue):
+        names += ["saturation", "hue"]
+    reach = {name: strength * getattr(config, f"jitter_{name}") for name in names}
     additive = config.brightness == "add"
-    unchanged = 0.0 if additive else 1.0
-    color = image.shape[1] == 3
-    return image_ops.color_jitter(
+    centre = {"brightness": 0.0 if additive else 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0}
+    drawn = {
+        name: _between(centre[name] - own, centre[name] + own, draw[name])
+        for name, own in reach.items()
+    }
+    jittered = image_ops.color_jitter(
         image,
         jnp.floor(draw["order"] * len(image_ops.ORDERS)).astype(jnp.int32),
-        brightness=_between(unchanged - reach, unchanged + reach, draw["brightness"]),
-        contrast=_between(1 - reach, 1 + reach, draw["contrast"]),
-        saturation=_between(1 - reach, 1 + reach, draw["saturation"]) if color else None,
-        hue=_between(-turns, turns, draw["hue"]) if color else None,
+        brightness=drawn["brightness"],
+        contrast=drawn["contrast"],
+        saturation=drawn.get("saturation"),
+        hue=drawn.get("hue"),
         additive=additive,
     )
+    return jnp.where(draw["color"] < config.color_prob, jittered, image)
 
 
 def _between(low: float, high: float, place: jax.Array) -> jax.Array:

@@ -159,11 +159,13 @@ def _make_ready(
             f"{did_you_mean(source.stage, earlier)}"
         )
     given = [key for key in ("stage", "checkpoints", "weights") if source[key]]
+    given += ["text_weights"] if source.text_weights and given != ["weights"] else []
     if len(given) > 1 or (source.load and not given):
         raise UserError(
             f"config.stage.{entry['name']}.init_from has {' and '.join(given) or 'no source'}; "
             "give one of stage (an earlier one), checkpoints (of a stage of another run) and "
-            "weights (a folder of tools/import_weights.py, or a foreign file and its naming)"
+            "weights (a folder of tools/import_weights.py, or a foreign file and its naming) and "
+            "text_weights (such a folder)"
         )
     if source.naming and not source.weights:
         raise UserError(
@@ -171,7 +173,7 @@ def _make_ready(
         )
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
-    if (source.weights or source.checkpoints) and not stage.checkpoints.is_dir():
+    if given and not source.stage and not stage.checkpoints.is_dir():
         if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
             raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
         weights, load, skip, _ = _handed_over(stage, record, workdir)
@@ -251,9 +253,9 @@ def _handed_over(
     Without patterns, what the objective calls worth carrying is taken.
     """
     source = stage.config.init_from
-    if source.weights:
-        weights, origin = _foreign(stage), pathlib.Path(source.weights).name
-        carried = ("(params|batch_stats)/backbone/.*",)
+    if source.weights or source.text_weights:
+        weights, origin = _foreign(stage)
+        carried = tuple({f"(params|batch_stats)/{name.split('/')[1]}/.*" for name in weights})
     elif source.checkpoints or source.stage:
         folder, step = pathlib.Path(source.checkpoints), None
         if source.stage:
@@ -279,37 +281,60 @@ def _handed_over(
     return weights, load, tuple(source.skip), lineage
 
 
-def _foreign(stage: train.Stage) -> dict[str, Any]:
-    """`init_from.weights` as leaves of this stage's backbone.
+def _foreign(stage: train.Stage) -> tuple[dict[str, Any], str]:
+    """`init_from.weights` and `.text_weights` as leaves of this stage, and their names.
 
     Raises:
       UserError: see `convert.weights`; the weights are of another model, image size or channels.
     """
-    source, config = stage.config.init_from, stage.config
-    form = {"size": config.augment.size, "channels": config.data.channels}
-    path = pathlib.Path(source.weights)
-    if source.naming:
-        found = foreign.import_weights(path, source.naming, config.model, **form)
-    else:
-        found = foreign.load(path)
-        foreign.check_same_model(found.model, stage.objective.backbone, path)
-        for key, value in form.items():
-            if getattr(found, key) != value:
-                raise UserError(
-                    f"{path} was imported with {key}={getattr(found, key)} and this stage has "
-                    f"{value}; import it again with --{key}={value}"
-                )
-        expected = config.augment.normalize or "none"
-        if found.normalize != expected:
+    source, leaves = stage.config.init_from, {}
+    if source.weights:
+        leaves |= _placed(_foreign_encoder(stage, pathlib.Path(source.weights)), "backbone")
+    if source.text_weights:
+        tower = getattr(stage.objective, "text", None)
+        if tower is None:
             raise UserError(
-                f"{path} takes images with normalize='{found.normalize}' but "
-                f"config.augment.normalize='{expected}'; set it to '{found.normalize}'"
+                f"init_from.text_weights: objective '{stage.config.objective.name}' has no text "
+                "tower"
             )
+        path = pathlib.Path(source.text_weights)
+        found = foreign.load(path)
+        how_used = ("pool", "pool_special", "dropout")  # which a BERT's weights do not say
+        foreign.check_same_model(found.model, tower, path, "text_model", how_used)
+        leaves |= _placed(found, "text")
+    names = [pathlib.Path(path).name for path in (source.weights, source.text_weights) if path]
+    return leaves, " and ".join(names)
+
+
+def _placed(found: Any, module: str) -> dict[str, Any]:
+    """The leaves of foreign weights under the name that the module has in a state."""
     return {
-        f"{collection}/backbone/{rest}": leaf
+        f"{collection}/{module}/{rest}": leaf
         for path, leaf in found.leaves.items()
         for collection, _, rest in [path.partition("/")]
     }
+
+
+def _foreign_encoder(stage: train.Stage, path: pathlib.Path) -> Any:
+    source, config = stage.config.init_from, stage.config
+    form = {"size": config.augment.size, "channels": config.data.channels}
+    if source.naming:
+        return foreign.import_weights(path, source.naming, config.model, **form)
+    found = foreign.load(path)
+    foreign.check_same_model(found.model, stage.objective.backbone, path)
+    for key, value in form.items():
+        if getattr(found, key) != value:
+            raise UserError(
+                f"{path} was imported with {key}={getattr(found, key)} and this stage has "
+                f"{value}; import it again with --{key}={value}"
+            )
+    expected = config.augment.normalize or "none"
+    if found.normalize != expected:
+        raise UserError(
+            f"{path} takes images with normalize='{found.normalize}' but "
+            f"config.augment.normalize='{expected}'; set it to '{found.normalize}'"
+        )
+    return found
 
 
 def _evaluator(

@@ -194,25 +194,31 @@ def equalize(image: jax.Array, box: jax.Array) -> jax.Array:
     return jnp.stack(mapped, axis=1).reshape(image.shape)
 
 
-def rotate(image: jax.Array, box: jax.Array, radians: jax.Array) -> jax.Array:
-    """Rotates what lies in `box` about the box's centre, bilinearly, counter-clockwise.
+def affine(
+    image: jax.Array,
+    box: jax.Array,
+    radians: jax.Array,
+    shift: tuple[jax.Array | float, jax.Array | float] = (0.0, 0.0),
+    scale: jax.Array | float = 1.0,
+) -> jax.Array:
+    """Turns what lies in `box` about the box's centre, counter-clockwise, scales and shifts it.
 
-    The box keeps its size. Corners that the turned image leaves open are 0: black, like the
+    Bilinear. The box keeps its size. What the moved image leaves open is 0: black, like the
     surround of a radiograph, and unlike repeated edge pixels it draws no streaks.
 
     Args:
       image: float [H, W, C].
-      box: int [4]. No pixel outside it is read.
+      box: int [4]. No pixel outside it is read, and the result is 0 there.
       radians: float scalar.
-
-    Returns:
-      float32 [H, W, C]; 0 outside the box.
+      shift: down and to the right, in pixels.
+      scale: above 1 enlarges.
     """
     height, width, channels = image.shape
     top, left, box_height, box_width = box.astype(jnp.float32)
     centre_y, centre_x = top + (box_height - 1) / 2, left + (box_width - 1) / 2
-    y, x = jnp.arange(height)[:, None] - centre_y, jnp.arange(width)[None, :] - centre_x
-    cos, sin = jnp.cos(radians), jnp.sin(radians)
+    y = jnp.arange(height)[:, None] - centre_y - shift[0]
+    x = jnp.arange(width)[None, :] - centre_x - shift[1]
+    cos, sin = jnp.cos(radians) / scale, jnp.sin(radians) / scale
     source_y = centre_y + cos * y + sin * x
     source_x = centre_x - sin * y + cos * x
     y0, x0 = jnp.floor(source_y), jnp.floor(source_x)
@@ -325,7 +331,7 @@ def color_jitter(
       float32 [S, C, S] in [0, 1].
     """
 
-    def affine(x: jax.Array, operation: jax.Array) -> jax.Array:
+    def gain_and_bias(x: jax.Array, operation: jax.Array) -> jax.Array:
         mean = x.mean(axis=(0, 2), keepdims=True)
         brighter = x + brightness if additive else x * brightness
         contrasted = (x - mean) * contrast + mean
@@ -336,13 +342,13 @@ def color_jitter(
         first, second = jnp.asarray(_AFFINE_ONLY)[order]
         clip_first = jnp.asarray(_HSV_FIRST)[order]
         image = jnp.where(clip_first, jnp.clip(image, 0.0, 1.0), image)
-        return affine(affine(image, first), second)
+        return gain_and_bias(gain_and_bias(image, first), second)
 
     operations = jnp.asarray(_AFFINE_SLOTS)[order]
     is_saturation = jnp.asarray(_HSV_SLOTS)[order]
     for group in range(3):
-        image = affine(image, operations[2 * group])
-        image = affine(image, operations[2 * group + 1])
+        image = gain_and_bias(image, operations[2 * group])
+        image = gain_and_bias(image, operations[2 * group + 1])
         if group < 2:
             image = adjust_hsv(image, is_saturation[group], saturation, hue)
             image = jnp.clip(image, 0.0, 1.0)
@@ -382,12 +388,12 @@ def separable(image: jax.Array, matrix: jax.Array) -> jax.Array:
     return image.reshape(size, channels, size)
 
 
-def cutout(image: jax.Array, centre: jax.Array, side: int) -> jax.Array:
-    """Sets a square of `side` pixels about `centre` (row, column) to 0; it may stick out.
+def cutout(image: jax.Array, centre: jax.Array, side: int, fill: np.ndarray) -> jax.Array:
+    """Sets a square of `side` pixels about `centre` (row, column) to `fill` [C]; it may stick out.
 
     DeVries and Taylor, arXiv 1708.04552. Works on [S, C, S].
     """
     start = centre - side // 2
     pixels = jnp.arange(image.shape[0])
     hit = (pixels[:, None] >= start[None, :]) & (pixels[:, None] < start[None, :] + side)
-    return jnp.where(hit[:, None, None, 0] & hit[None, None, :, 1], 0.0, image)
+    return jnp.where(hit[:, None, None, 0] & hit[None, None, :, 1], fill[None, :, None], image)

@@ -80,14 +80,102 @@ def ntxent(
         return every - jnp.diagonal(cross)
 
     rows = jnp.stack([row_losses(logits_ab, logits_aa), row_losses(logits_ba, logits_bb)])
-    log_p = jax.nn.log_softmax(logits_ab, axis=1)
+    loss = jnp.mean(rows) * {"mean": 1.0, "sum": 2.0}[reduction]
+    return Contrast(loss, *_diagnostics(logits_ab), rows)
+
+
+def infonce(
+    v: jax.Array,
+    u: jax.Array,
+    *,
+    scale: jax.Array | float,
+    weight: float = 0.5,
+    ids: jax.Array | None = None,
+    duplicates: str = "none",
+) -> Contrast:
+    """InfoNCE in both directions between N pairs (ConVIRT, arXiv 2010.00747, equations 2 to 4).
+
+    Args:
+      v, u: [N, D] of two kinds; row i of one belongs to row i of the other.
+      scale: 1 / temperature, of the cosine similarities.
+      weight: of the direction v -> u, in which v picks its u; 1 - weight is that of the other.
+      ids: [N] int32, equal for pairs that say the same (a hash of their text).
+      duplicates: what equal ids make of two different pairs: 'none', negatives of each other;
+        'mask', neither negatives nor positives; 'multi', positives, whose log-probabilities are
+        averaged.
+
+    Returns:
+      `Contrast`: the mean over the pairs; accuracy and entropy are those of v -> u.
+    """
+    v, u = l2_normalize(v), l2_normalize(u)
+    logits = _mask(_cosines(v, u) * scale, ids, duplicates)
+    positive = _positives(len(v), ids, duplicates)
+
+    def direction(logits: jax.Array, positive: jax.Array) -> jax.Array:
+        own = jnp.sum(jnp.where(positive, logits, 0.0), axis=1) / jnp.sum(positive, axis=1)
+        return jax.nn.logsumexp(logits, axis=1) - own
+
+    rows = jnp.stack([direction(logits, positive), direction(logits.T, positive.T)])
+    loss = weight * jnp.mean(rows[0]) + (1 - weight) * jnp.mean(rows[1])
+    return Contrast(loss, *_diagnostics(logits), rows)
+
+
+def sigmoid(
+    v: jax.Array,
+    u: jax.Array,
+    *,
+    scale: jax.Array | float,
+    bias: jax.Array | float,
+    ids: jax.Array | None = None,
+    duplicates: str = "none",
+) -> Contrast:
+    """The sigmoid loss of SigLIP (arXiv 2303.15343, equation 1): every pair is a binary question.
+
+    Args:
+      bias: added to the scaled similarities.
+      The others: see `infonce`; 'mask' leaves pairs with equal ids out, 'multi' makes them
+        positives.
+
+    Returns:
+      `Contrast`: the sum over all combinations, divided by N; `rows` are those of v and of u.
+    """
+    v, u = l2_normalize(v), l2_normalize(u)
+    logits = _cosines(v, u) * scale + bias
+    sign = jnp.where(_positives(len(v), ids, duplicates), 1.0, -1.0)
+    terms = jax.nn.softplus(-sign * logits)
+    if duplicates == "mask" and ids is not None:
+        terms = jnp.where(_repeated(ids), 0.0, terms)
+    rows = jnp.stack([jnp.sum(terms, axis=1), jnp.sum(terms, axis=0)])
+    return Contrast(jnp.mean(rows[0]), *_diagnostics(_mask(logits, ids, duplicates)), rows)
+
+
+def _cosines(v: jax.Array, u: jax.Array) -> jax.Array:
+    return jnp.einsum("nd,md->nm", v, u, precision=HIGHEST)  # ND,MD->NM
+
+
+def _repeated(ids: jax.Array) -> jax.Array:
+    """[N, N], where two different pairs have equal ids."""
+    return (ids[:, None] == ids[None, :]) & ~jnp.eye(len(ids), dtype=bool)
+
+
+def _positives(n: int, ids: jax.Array | None, duplicates: str) -> jax.Array:
+    own = jnp.eye(n, dtype=bool)
+    return own | _repeated(ids) if duplicates == "multi" and ids is not None else own
+
+
+def _mask(logits: jax.Array, ids: jax.Array | None, duplicates: str) -> jax.Array:
+    if duplicates == "mask" and ids is not None:
+        return jnp.where(_repeated(ids), -jnp.inf, logits)
+    return logits
+
+
+def _diagnostics(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Accuracy and mean entropy of the rows' softmax over [N, N], without a gradient."""
+    logits = jax.lax.stop_gradient(logits)
+    log_p = jax.nn.log_softmax(logits, axis=1)
     entropy = -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p, 0.0), axis=1)
-    return Contrast(
-        loss=jnp.mean(rows) * {"mean": 1.0, "sum": 2.0}[reduction],
-        accuracy=jnp.mean(jnp.argmax(logits_ab, axis=1) == jnp.arange(n)),
-        entropy=jnp.mean(entropy),
-        rows=rows,
-    )
+    right = jnp.argmax(logits, axis=1) == jnp.arange(len(logits))
+    return jnp.mean(right), jnp.mean(entropy)
 
 
 def embedding_health(z: jax.Array) -> dict[str, jax.Array]:

@@ -82,9 +82,10 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
         num_blocks=num_blocks,
     )
     spec = pipeline.batch_spec()
-    if spec["image"].shape[1] != objective_class.IMAGES_PER_EXAMPLE:
+    valid = objective_class.IMAGES_PER_EXAMPLE
+    if spec["image"].shape[1] not in valid:
         raise UserError(
-            f"objective '{config.objective.name}' wants {objective_class.IMAGES_PER_EXAMPLE} "
+            f"objective '{config.objective.name}' wants {' or '.join(map(str, valid))} "
             f"image(s) a row but config.data.pairs={config.data.pairs!r} gives "
             f"{spec['image'].shape[1]}; valid: None for single images, 'case' for pairs"
         )
@@ -95,8 +96,9 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
     total_steps = stage_steps(config, pipeline.units_per_epoch)
     # The optimiser is made from shapes: the parameters themselves do not exist yet.
     params = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec)[0])
+    freeze = (*config.optim.freeze, *objective.FROZEN)
     tx, schedule = optim.make_optimizer(
-        config.optim, params, batch_size=batch_size, total_steps=total_steps
+        {**config.optim, "freeze": freeze}, params, batch_size=batch_size, total_steps=total_steps
     )
     init = make_init(objective, tx, spec, config.seed)
     abstract = abstract_state(init, mesh, objective.SHARDING)

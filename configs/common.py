@@ -38,6 +38,81 @@ def simclr_objective(name: str = "simclr", **overrides) -> ConfigDict:
     )
 
 
+def bert(**overrides) -> ConfigDict:
+    """A text tower as ConVIRT has it: BERT-base, its embeddings and first six layers frozen."""
+    settings = {
+        "name": "bert",
+        "vocab_size": placeholder(int),  # None: the tokeniser's
+        "max_length": 512,
+        "width": 768,
+        "depth": 12,
+        "heads": 12,
+        "mlp_dim": 3072,
+        "pool": "max",
+        "train_after_layer": 6,
+        "dropout": 0.0,
+        "remat": False,
+        **overrides,
+    }
+    return ConfigDict(settings)
+
+
+def c2l_objective(**overrides) -> ConfigDict:
+    """C2L's objective as its released command trains (arXiv 2007.07423)."""
+    return ConfigDict(
+        {
+            "name": "c2l",
+            "losses": ("plain", "image_mix", "feature_mix"),
+            "mode": "nce",  # or 'infonce'
+            "queue": "sequential",  # or 'snapshot'
+            "queue_size": 16_384,
+            "temperature": 0.07,
+            "momentum": 0.999,
+            "momentum_schedule": "constant",
+            "momentum_steps": 0,
+            "head": "linear",  # or 'mlp'
+            "head_dim": 128,
+            "bn_groups": 1,
+            **overrides,
+        }
+    )
+
+
+def moco_objective(**overrides) -> ConfigDict:
+    """MoCo v1's (arXiv 1911.05722): the first of C2L's losses alone, and a longer queue."""
+    own = {"losses": ("plain",), "mode": "infonce", "queue": "snapshot", "queue_size": 65_536}
+    return c2l_objective(**{**own, **overrides})
+
+
+def momentum_sgd(lr: float, milestones: tuple = ()) -> ConfigDict:
+    """MoCo's and C2L's SGD: momentum .9, weight decay 1e-4, x0.1 at the milestones or a cosine."""
+    config = optimizer("sgd", lr, lr_scaling="none", weight_decay=1e-4, warmup_steps=0)
+    config.update(nesterov=False, milestones=milestones)
+    config.schedule = "steps" if milestones else "cosine"
+    return config
+
+
+def convirt_objective(**overrides) -> ConfigDict:
+    """ConVIRT's objective (arXiv 2010.00747, section 2.2 and appendix)."""
+    return ConfigDict(
+        {
+            "name": "convirt",
+            "loss": "softmax",  # or 'sigmoid'
+            "temperature": 0.1,
+            "learn_temperature": False,
+            "logit_bias": -10.0,  # where the sigmoid's bias starts
+            "image_weight": 0.75,  # lambda
+            "duplicates": "none",  # or 'mask', 'multi'
+            "image_image": 0.0,
+            "text_text": 0.0,
+            "head_layers": 2,
+            "head_dim": 512,
+            "head_hidden": 0,  # U; 0: the encoder's width
+            **overrides,
+        }
+    )
+
+
 def augmentation(recipe: str, size: int) -> ConfigDict:
     """A recipe of `bigmed.augment`; every value left None keeps the recipe's."""
     overrides = {
@@ -52,6 +127,7 @@ def augmentation(recipe: str, size: int) -> ConfigDict:
         "rotation_degrees": placeholder(float),
         "equalize_prob": placeholder(float),
         "cutout_prob": placeholder(float),
+        "affine_degrees": placeholder(float),
         "eval_crop": placeholder(float),
         "normalize": placeholder(str),
     }
@@ -131,9 +207,10 @@ def init_from(stage: str = "", checkpoints: str = "", weights: str = "", **more)
     """Where a stage's weights come from: one of three.
 
     An earlier stage; a folder of checkpoints; or foreign weights, a folder of
-    tools/import_weights.py, or, with their `naming`, a file as it is.
+    tools/import_weights.py, or, with their `naming`, a file as it is. `text_weights` is such a
+    folder for the text tower.
     """
-    known = {"naming": "", "load": (), "skip": ()}
+    known = {"naming": "", "text_weights": "", "load": (), "skip": ()}
     return ConfigDict(
         {"stage": stage, "checkpoints": checkpoints, "weights": weights, **known, **more}
     )
@@ -172,6 +249,7 @@ def base() -> ConfigDict:
         }
     )
     config.model = resnet(50)
+    config.text_model = bert()  # of objectives with texts
     config.augment = augmentation("cxr", 224)
     config.objective = simclr_objective()
     config.optim = lars(lr=0.3, warmup_steps=0)

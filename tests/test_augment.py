@@ -217,7 +217,7 @@ def test_orders_and_angles_are_uniform(monkeypatch):
     counts = np.bincount(orders, minlength=24)
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > 1e-3
-    monkeypatch.setattr(image_ops, "rotate", show_angle)
+    monkeypatch.setattr(image_ops, "affine", show_angle)
     angles = (views(image, rotation_degrees=45.0)[:, 0, 0, 0] * 2 - 1) * 180
     assert_uniform(angles, -45.0, 45.0)
 
@@ -356,3 +356,51 @@ def test_normalisation_comes_last_in_views_and_in_evaluation(channels):
         np.testing.assert_allclose(drawn, expected, rtol=0, atol=2e-5)
     with pytest.raises(UserError, match="config.augment.normalize='imagnet'"):
         augment.from_config({"normalize": "imagnet"})
+
+
+def test_affine_draws_are_uniform_and_independent(monkeypatch):
+    def show(image, box, radians, shift, scale):
+        del box
+        shown = jnp.stack([radians, *shift, jnp.asarray(scale)])
+        return jnp.zeros_like(image) + shown[:, None, None][: image.shape[0]] / 10 + 0.5
+
+    monkeypatch.setattr(image_ops, "affine", show)
+    got = views(
+        np.zeros((4, 4, 1)), affine_degrees=20.0, affine_shift=0.1, affine_scale_min=0.95,
+        affine_scale_max=1.05, n=1024,
+    )[:, :, 0, 0]  # fmt: skip
+    seen = (got - 0.5) * 10
+    for column, (low, high) in enumerate(
+        ((-np.deg2rad(20), np.deg2rad(20)), (-0.4, 0.4), (-0.4, 0.4), (0.95, 1.05))
+    ):
+        assert_uniform(seen[:, column], low, high)
+    assert np.abs(np.corrcoef(seen.T) - np.eye(4)).max() < 0.15
+
+
+def test_c2ls_holes_are_exactly_zero_after_normalising():
+    config = dataclasses.replace(augment.RECIPES["c2l"], size=42, affine_degrees=0.0)
+    images = np.random.default_rng(0).integers(30, 226, (16, 48, 48, 3), dtype=np.uint8)
+    boxes = np.tile([[0, 0, 48, 48]], (16, 1))
+    got = np.asarray(augment.augment(config, jax.random.key(0), images, boxes))
+    holes = (got == 0).all(axis=-1).sum(axis=(1, 2))
+    assert (holes > 9).all() and (holes <= 3 * 6 * 6).all()  # 42 / 7 = 6 pixels a side
+    whole = dataclasses.replace(config, cutout_prob=0.0)
+    outside = np.asarray(augment.augment(whole, jax.random.key(0), images, boxes))
+    np.testing.assert_array_equal(np.where(got == 0, 0, outside), got)
+
+
+def test_each_jitter_has_its_own_reach():
+    images = np.random.default_rng(0).integers(0, 256, (4, 24, 24, 3), dtype=np.uint8)
+    boxes = np.tile([[0, 0, 24, 24]], (4, 1))
+    still = dataclasses.replace(
+        augment.RECIPES["none"], size=24, color_prob=1.0, jitter_brightness=0.0,
+        jitter_contrast=0.0, jitter_saturation=0.0, jitter_hue=0.0,
+    )  # fmt: skip
+    want = augment.augment(still, jax.random.key(1), images, boxes)
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        moved = dataclasses.replace(still, **{f"jitter_{name}": 0.3})
+        got = augment.augment(moved, jax.random.key(1), images, boxes)
+        assert np.abs(np.asarray(got) - np.asarray(want)).max() > 0.02, name
+    without = dataclasses.replace(still, color_prob=0.0)
+    plain = augment.augment(without, jax.random.key(1), images, boxes)
+    np.testing.assert_allclose(want, plain, atol=1e-6)

@@ -78,7 +78,7 @@ def sample(keys, box, area=(0.08, 1.0), aspect=(0.75, 4 / 3)):
 
 uniform = jax.jit(jax.vmap(lambda key: jax.random.uniform(key, (4, image_ops.CROP_ATTEMPTS))))
 resize = jax.jit(image_ops.crop_and_resize, static_argnames=("size", "antialias"))
-rotate = jax.jit(image_ops.rotate)
+rotate = jax.jit(image_ops.affine)
 equalize = jax.jit(image_ops.equalize)
 
 
@@ -241,6 +241,21 @@ def test_rotation_is_counter_clockwise():
     assert turned[0, 2, 0] == pytest.approx(1.0, abs=1e-5)  # above it
 
 
+def test_affine_shifts_and_scales_about_the_centre():
+    image, degrees, shift, scale = RNG.random((20, 24, 1)), 13.0, (2.25, -1.5), 1.05
+    cos, sin = np.cos(np.deg2rad(degrees)) / scale, np.sin(np.deg2rad(degrees)) / scale
+    matrix, centre = np.array([[cos, sin], [-sin, cos]]), np.array([9.5, 11.5])
+    expected = ndimage.affine_transform(
+        image[..., 0], matrix, offset=centre - matrix @ (centre + shift), order=1,
+        mode="grid-constant",
+    )  # fmt: skip
+    got = image_ops.affine(
+        jnp.asarray(image, jnp.float32), jnp.array([0, 0, 20, 24]),
+        jnp.float32(np.deg2rad(degrees)), shift, scale,
+    )  # fmt: skip
+    np.testing.assert_allclose(got[..., 0], expected, atol=2e-5)
+
+
 # Colour
 
 
@@ -366,5 +381,5 @@ def test_cutout(centre):
     expected = image.copy()
     y, x = centre[0] - 2, centre[1] - 2
     expected[max(y, 0) : y + 5, max(x, 0) : x + 5] = 0
-    got = unplanar(image_ops.cutout(planar(image), jnp.array(centre), 5))
+    got = unplanar(image_ops.cutout(planar(image), jnp.array(centre), 5, np.zeros(image.shape[2])))
     np.testing.assert_allclose(got, expected, atol=1e-7)

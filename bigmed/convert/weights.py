@@ -11,7 +11,7 @@ import json
 import pathlib
 import pkgutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -288,22 +288,30 @@ def load(folder: pathlib.Path) -> Weights:
     return Weights(**form, leaves=leaves)
 
 
-def check_same_model(section: Mapping[str, Any], module: Any, where: Any) -> None:
-    """Raises `UserError` unless a `config.model` section describes this module.
+def check_same_model(
+    section: Mapping[str, Any],
+    module: Any,
+    where: Any,
+    key: str = "model",
+    free: Sequence[str] = (),
+) -> None:
+    """Raises `UserError` unless a section describes this module, which `config.<key>` made.
 
-    Shapes alone do not tell: a ResNet's pooling has none.
+    Shapes alone do not tell: a ResNet's pooling has none. The attributes in `free` may differ.
     """
     other = build(section)
     if type(other) is not type(module):
         raise UserError(f"{where} is of another model: {section['name']}")
     for field in dataclasses.fields(module):
-        if field.name in ("parent", "name", "dtype", "remat", "scan", "train_after_stage"):
+        if field.name in ("parent", "name", "dtype", "remat", "scan"):
             continue  # which change no number
+        if field.name.startswith("train_after") or field.name in free:
+            continue
         here, there = getattr(module, field.name), getattr(other, field.name)
         if here != there:
             raise UserError(
                 f"{where} is of a model with {field.name}={there!r} but "
-                f"config.model.{field.name} is {here!r}"
+                f"config.{key}.{field.name} is {here!r}"
             )
 
 

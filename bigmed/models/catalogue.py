@@ -12,8 +12,8 @@ from bigmed.errors import UserError
 from bigmed.resolve import resolve
 
 
-def build(section: Mapping[str, Any], dtype: Any = jnp.float32) -> Any:
-    """The Linen module that a `config.model` section describes; None is the module's default.
+def build(section: Mapping[str, Any], dtype: Any = jnp.float32, key: str = "model") -> Any:
+    """The Linen module that the section `config.<key>` describes; None is the module's default.
 
     Raises:
       UserError: no such family, or a key that it does not have.
@@ -23,7 +23,7 @@ def build(section: Mapping[str, Any], dtype: Any = jnp.float32) -> Any:
     try:
         return resolve(name, "bigmed.models", "Model")(**settings, dtype=dtype)
     except TypeError as error:
-        raise UserError(f"config.model of '{name}': {error}") from None
+        raise UserError(f"config.{key} of '{name}': {error}") from None
 
 
 def named_models() -> dict[str, dict[str, Any]]:

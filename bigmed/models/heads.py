@@ -57,6 +57,64 @@ class ProjectionHead(nn.Module):
         return layers[-1], layers
 
 
+class BiasedHead(nn.Module):
+    """MoCo's projection: one dense layer with a bias (v1, and C2L), or two with ReLU (v2).
+
+    Attributes:
+      hidden_dim: width of the hidden layer; None: there is none.
+      out_dim: of the last layer.
+      dtype: of the matrix products; outputs and parameters are float32.
+    """
+
+    hidden_dim: int | None = None
+    out_dim: int = 128
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, list[jax.Array]]:
+        """[B, D] -> (z [B, out_dim] float32, layers), as `ProjectionHead`."""
+        del train
+        layers = [x.astype(jnp.float32)]
+        if self.hidden_dim:
+            x = nn.relu(nn.Dense(self.hidden_dim, dtype=self.dtype, name="dense1")(x))
+            layers.append(x.astype(jnp.float32))
+        x = nn.Dense(self.out_dim, dtype=self.dtype, name="dense2")(x)
+        return x.astype(jnp.float32), [*layers, x.astype(jnp.float32)]
+
+
+class PlainHead(nn.Module):
+    """A projection of dense layers with ReLU between them, without biases or norms.
+
+    ConVIRT's g_v and g_u (arXiv 2010.00747, section 2.1) have two layers.
+
+    Attributes:
+      num_layers: 1 to 4.
+      hidden_dim: width of the hidden layers; None: that of the input.
+      out_dim: of the last layer.
+      dtype: of the matrix products; outputs and parameters are float32.
+    """
+
+    num_layers: int = 2
+    hidden_dim: int | None = None
+    out_dim: int = 512
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, list[jax.Array]]:
+        """[B, D] -> (z [B, out_dim] float32, layers), as `ProjectionHead`."""
+        del train
+        if not 1 <= self.num_layers <= 4:
+            raise UserError(f"config.objective.head_layers={self.num_layers}: valid: 1 to 4")
+        layers = [x.astype(jnp.float32)]
+        for k in range(1, self.num_layers + 1):
+            last = k == self.num_layers
+            width = self.out_dim if last else self.hidden_dim or x.shape[-1]
+            x = nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"dense{k}")(x)
+            x = x if last else nn.relu(x)
+            layers.append(x.astype(jnp.float32))
+        return layers[-1], layers
+
+
 def select_layer(layers: Sequence[jax.Array], selector: int) -> jax.Array:
     """What to fine-tune from (SimCLR v2's `ft_proj_selector`).
 

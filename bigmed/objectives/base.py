@@ -1,9 +1,10 @@
 """The contract of an objective, which is all that the training loop knows, and what many share.
 
   Objective(config, data)      config: the stage's; data: a `DataSpec`
-  IMAGES_PER_EXAMPLE           how many images of one case a row of the batch must hold
+  IMAGES_PER_EXAMPLE           how many images of one case a row of the batch may hold, a tuple
   TRANSFER                     patterns of the weights worth carrying to another stage
   SHARDING                     partition rules, see `bigmed.sharding.Rules`
+  FROZEN                       patterns of parameters that it never trains
   init(key, batch_spec)        -> (params, batch_stats, extra)
   prepare(batch, key, train)   -> inputs: what the encoders take; rows as those of the batch
   embed(params, batch_stats, extra, inputs, key, train)
@@ -62,8 +63,9 @@ class Objective:
     beside its parameters, `after_update`.
     """
 
-    IMAGES_PER_EXAMPLE = 1
+    IMAGES_PER_EXAMPLE: tuple[int, ...] = (1,)
     TRANSFER = ("params/(backbone|head)/.*", "batch_stats/(backbone|head)/.*")
+    FROZEN: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any], data: DataSpec):
         self.config = config["objective"]

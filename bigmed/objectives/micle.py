@@ -12,4 +12,4 @@ from bigmed.objectives import simclr
 class Objective(simclr.Objective):
     """SimCLR's objective on pairs of images of a case."""
 
-    IMAGES_PER_EXAMPLE = 2
+    IMAGES_PER_EXAMPLE = (2,)

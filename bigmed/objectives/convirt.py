@@ -1,0 +1,253 @@
+"""ConVIRT (arXiv 2010.00747): an image and its report attract, the batch's other pairs repel.
+
+A row of the batch is a study: one of its images, drawn anew at every visit, and a sentence of its
+report, likewise (`config.data.text`). Options turn it into its successors: CLIP's loss (arXiv
+2103.00020), SigLIP's (2303.15343), whole reports, equal texts that are no negatives, and terms
+between two images or two texts of a study (CXR-CLIP).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bigmed import augment, losses
+from bigmed.data import tokenise
+from bigmed.errors import UserError, did_you_mean
+from bigmed.models import bert, heads
+from bigmed.models.catalogue import build
+from bigmed.objectives import base
+
+LOSSES = ("softmax", "sigmoid")
+DUPLICATES = ("none", "mask", "multi")
+MAX_SCALE = 100.0  # of the similarities, where it is learned (CLIP, section 2.5)
+
+
+class Inputs(NamedTuple):
+    """V views of each row's images, [B, V, S, S, C] float32, and its R texts, [B, R, T]."""
+
+    views: jax.Array
+    tokens: jax.Array
+    token_mask: jax.Array
+
+
+class Features(NamedTuple):
+    """The encoders' outputs, float32: images [B, V, D], texts [B, R, W]."""
+
+    images: jax.Array
+    texts: jax.Array
+
+
+class Objective(base.Objective):
+    """Bidirectional contrast of images and texts, with an online probe on the image encoder.
+
+    Config (`config.objective`): `loss`, 'softmax' (InfoNCE in both directions) or 'sigmoid';
+    `temperature`, and whether to learn it (`learn_temperature`, as exp of `logit_scale`, at most
+    100); `logit_bias`, where the sigmoid's learned bias starts; `image_weight`, lambda, of the
+    direction in which an image picks its text; `duplicates`, what pairs of rows with equal texts
+    are: 'none' (negatives, as in the paper), 'mask' (left out) or 'multi' (positives);
+    `image_image` and `text_text`, weights of the terms between two images (two views where
+    `config.data.pairs` is None) and two texts (`config.data.text.texts=2`) of a row; `head_layers`,
+    `head_dim`, `head_hidden` (0: the encoder's width). With several images or texts a row, the
+    image-text term is the mean over their combinations.
+    """
+
+    IMAGES_PER_EXAMPLE = (1, 2)
+    TRANSFER = ("params/(backbone|head|text|text_head)/.*", "batch_stats/backbone/.*")
+
+    def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
+        super().__init__(config, data)
+        self._check(config, data)
+        section = dict(config["text_model"])
+        section["vocab_size"] = section.get("vocab_size") or data.tokeniser.vocab_size
+        self.text = build(section, self.dtype, "text_model")
+        self.text.check()
+        tokenise.check_fits(
+            data.tokeniser,
+            self.text.vocab_size,
+            self.text.max_length,
+            config["data"]["text"]["length"],
+        )
+        self.SHARDING = (*self.SHARDING, *bert.SHARDING)
+        self.FROZEN = bert.frozen_patterns("text", self.text.train_after_layer)
+        shape = {
+            "num_layers": self.config["head_layers"],
+            "hidden_dim": self.config["head_hidden"] or None,
+            "out_dim": self.config["head_dim"],
+            "dtype": self.dtype,
+        }
+        self.head, self.text_head = heads.PlainHead(**shape), heads.PlainHead(**shape)
+
+    def _check(self, config: Mapping[str, Any], data: base.DataSpec) -> None:
+        own = self.config
+        base.check_temperature(own)
+        for key, choices in (("loss", LOSSES), ("duplicates", DUPLICATES)):
+            if own[key] not in choices:
+                raise UserError(
+                    f"config.objective.{key}='{own[key]}': {did_you_mean(own[key], choices)}"
+                )
+        for key, highest in (("image_weight", 1.0), ("image_image", 1e3), ("text_text", 1e3)):
+            if not 0 <= own[key] <= highest:
+                raise UserError(f"config.objective.{key}={own[key]}: valid: 0 to {highest:g}")
+        if data.tokeniser is None:
+            raise UserError(
+                "objective 'convirt' needs texts; set config.data.text.tokeniser to a folder with "
+                "a tokeniser of transformers or a vocab.txt"
+            )
+        if own["text_text"] and config["data"]["text"]["texts"] < 2:
+            raise UserError(
+                "config.objective.text_text compares two texts of a row; set "
+                "config.data.text.texts=2"
+            )
+
+    def init(self, key: jax.Array, batch_spec: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """Fresh (params, batch_stats, extra) for batches of this form."""
+        image_key, text_key = jax.random.split(key)
+        modules = {
+            "head": (self.head, self.width),
+            "text_head": (self.text_head, self.text.feature_dim),
+        }
+        params, stats = self.init_modules(image_key, batch_spec, **modules)
+        tokens = jnp.zeros((2, batch_spec["tokens"].shape[-1]), jnp.int32)
+        mask = jnp.ones_like(tokens, bool)
+        params["text"] = self.text.init(text_key, tokens, mask, train=False)["params"]
+        if self.config["learn_temperature"]:
+            params["logit_scale"] = jnp.asarray(-math.log(self.config["temperature"]), jnp.float32)
+        if self.config["loss"] == "sigmoid":
+            params["logit_bias"] = jnp.asarray(self.config["logit_bias"], jnp.float32)
+        return params, stats, {}
+
+    def prepare(self, batch: Mapping[str, jax.Array], key: jax.Array, train: bool) -> Inputs:
+        """One view of each image of a row; in evaluation without augmentation.
+
+        With one image a row and a term between images there are two views of it.
+        """
+        count = batch["image"].shape[1]
+        which = list(range(count))
+        if count == 1 and self.config["image_image"]:
+            which = [0, 0]
+        views = []
+        for view, i in enumerate(which):
+            images, boxes = batch["image"][:, i], batch["box"][:, i]
+            if train:
+                view_key = jax.random.fold_in(key, view)
+                views.append(augment.augment(self.augmentation, view_key, images, boxes))
+            else:
+                views.append(augment.eval_transform(self.augmentation, images, boxes))
+        return Inputs(jnp.stack(views, axis=1), batch["tokens"], batch["token_mask"])
+
+    def embed(
+        self, params: Any, batch_stats: Any, extra: Any, inputs: Inputs, key: jax.Array,
+        train: bool,
+    ) -> tuple[Features, Any]:  # fmt: skip
+        """The two encoders' features of any rows."""
+        del extra
+        b, v, *shape = inputs.views.shape
+        views = inputs.views.reshape(b * v, *shape)
+        images, stats = base.apply("backbone", self.backbone, params, batch_stats, views, train)
+        texts = self._encode_texts(params, inputs.tokens, inputs.token_mask, key, train)
+        return Features(images.reshape(b, v, -1), texts), stats
+
+    def compare(
+        self, params: Any, batch_stats: Any, extra: Any, outputs: Features,
+        batch: Mapping[str, jax.Array], key: jax.Array, train: bool,
+    ) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
+        """The contrast of the projections, plus the probe's loss, which reaches only itself."""
+        del extra, key
+        images = _project("head", self.head, params, outputs.images, train)  # BVP
+        texts = _project("text_head", self.text_head, params, outputs.texts, train)  # BRP
+        scale = self._scale(params)
+
+        def contrast(v: jax.Array, u: jax.Array, weight: float, ids: jax.Array | None) -> Any:
+            duplicates = self.config["duplicates"] if ids is not None else "none"
+            settings = {"scale": scale, "ids": ids, "duplicates": duplicates}
+            if self.config["loss"] == "sigmoid":
+                return losses.sigmoid(v, u, bias=params["logit_bias"], **settings)
+            return losses.infonce(v, u, weight=weight, **settings)
+
+        pairs = [
+            contrast(
+                images[:, v], texts[:, r], self.config["image_weight"], batch["text_id"][:, r]
+            )
+            for v in range(images.shape[1])
+            for r in range(texts.shape[1])
+        ]
+        total = sum(pair.loss for pair in pairs) / len(pairs)
+        metrics = {
+            "image_text_loss": total,
+            "contrast_accuracy": pairs[0].accuracy,
+            "contrast_entropy": pairs[0].entropy,
+            "similarity_scale": jnp.asarray(scale, jnp.float32),
+            "duplicate_texts": _share_of_duplicates(batch["text_id"][:, 0]),
+            **losses.embedding_health(images[:, 0]),
+        }
+        if self.config["image_image"]:
+            term = contrast(images[:, 0], images[:, 1], 0.5, None).loss
+            metrics["image_image_loss"] = term
+            total = total + self.config["image_image"] * term
+        if self.config["text_text"]:
+            # two texts of one row are its positive pair, so only the first's id can be equal
+            term = contrast(texts[:, 0], texts[:, 1], 0.5, batch["text_id"][:, 0]).loss
+            metrics["text_text_loss"] = term
+            total = total + self.config["text_text"] * term
+        probe_loss, probe_metrics = self.probe_loss(params, outputs.images, batch["labels"])
+        aux = {
+            "batch_stats": batch_stats,
+            "metrics": {**metrics, **probe_metrics},
+            "carry": {},
+            "activations": {"3_images": images, "4_texts": texts},
+        }
+        return total + probe_loss, aux
+
+    def predict_fns(self) -> dict[str, Callable[[Any, Mapping[str, jax.Array]], jax.Array]]:
+        """'encoder', and the unit vectors that are compared: 'image' and, of a text, 'text'."""
+
+        def image(state: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            features = self.features(state, batch)[:, None]
+            projected = _project("head", self.head, state.params, features, False)
+            return losses.l2_normalize(projected[:, 0])
+
+        def text(state: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            tokens, mask = batch["tokens"][:, :1], batch["token_mask"][:, :1]
+            features = self._encode_texts(state.params, tokens, mask, jax.random.key(0), False)
+            projected = _project("text_head", self.text_head, state.params, features, False)
+            return losses.l2_normalize(projected[:, 0])
+
+        return {**super().predict_fns(), "image": image, "text": text}
+
+    def _encode_texts(
+        self, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array, train: bool
+    ) -> jax.Array:
+        """[B, R, T] -> [B, R, W] float32."""
+        b, r, t = tokens.shape
+        features, _ = self.text.apply(
+            {"params": params["text"]},
+            tokens.reshape(b * r, t),
+            mask.reshape(b * r, t),
+            train=train,
+            rngs={"dropout": key},
+        )
+        return features.reshape(b, r, -1)
+
+    def _scale(self, params: Any) -> jax.Array | float:
+        """1 / temperature."""
+        if not self.config["learn_temperature"]:
+            return 1.0 / self.config["temperature"]
+        return jnp.exp(jnp.clip(params["logit_scale"], 0.0, math.log(MAX_SCALE)))
+
+
+def _project(name: str, head: Any, params: Any, features: jax.Array, train: bool) -> jax.Array:
+    """[B, K, D] -> [B, K, P] float32."""
+    b, k, d = features.shape
+    projected, _ = head.apply({"params": params[name]}, features.reshape(b * k, d), train=train)
+    return projected.reshape(b, k, -1)
+
+
+def _share_of_duplicates(ids: jax.Array) -> jax.Array:
+    """The share of rows whose text another row has too."""
+    ordered = jnp.sort(ids)
+    equal = ordered[1:] == ordered[:-1]
+    repeated = jnp.pad(equal, (0, 1)) | jnp.pad(equal, (1, 0))
+    return jnp.mean(repeated.astype(jnp.float32))

@@ -1,0 +1,139 @@
+"""A teacher that follows the student, and a queue of its keys: what MoCo's descendants share.
+
+The teacher's parameters are in `extra`, where the optimiser does not reach them; its running
+statistics are among the batch statistics, each teacher module's beside its student's, so that
+micro-batches update both alike. Statistics are the teacher's own and are not averaged.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigmed import augment
+from bigmed.errors import UserError
+from bigmed.objectives import base
+
+SCHEDULES = ("constant", "cosine")
+NCE_EPS = 1e-7
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Objective(base.Objective):
+    """An image objective with a teacher.
+
+    Config (`config.objective`): `momentum`, of the teacher; `momentum_schedule`, 'constant' or
+    'cosine', a cosine from there to 1 over `momentum_steps`.
+    """
+
+    TRANSFER = ("params/(backbone|head)/.*", "batch_stats/(backbone|head)/.*")
+
+    def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
+        super().__init__(config, data)
+        own = self.config
+        if not 0 <= own["momentum"] <= 1:
+            raise UserError(f"config.objective.momentum={own['momentum']}: valid: 0 to 1")
+        if own["momentum_schedule"] not in SCHEDULES:
+            raise UserError(
+                f"config.objective.momentum_schedule='{own['momentum_schedule']}': "
+                f"valid: {', '.join(SCHEDULES)}"
+            )
+        if own["momentum_schedule"] == "cosine" and own["momentum_steps"] < 1:
+            raise UserError(
+                f"config.objective.momentum_steps={own['momentum_steps']}: valid: the steps over "
+                "which the momentum rises to 1"
+            )
+
+    def with_teacher(
+        self, params: Mapping[str, Any], stats: Mapping[str, Any], *names: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(all batch statistics, the teacher's parameters): copies of the named modules'."""
+        own = {teacher(name): stats[name] for name in names if name in stats}
+        return {**stats, **own}, {teacher(name): params[name] for name in names}
+
+    def move_teacher(self, params: Any, followers: Any, step: jax.Array) -> Any:
+        """theta_t <- m theta_t + (1 - m) theta_s, with the student's updated parameters."""
+        m = self.momentum(step)
+        return {
+            name: jax.tree.map(lambda t, s: m * t + (1 - m) * s, own, params[student(name)])
+            for name, own in followers.items()
+        }
+
+    def momentum(self, step: jax.Array) -> jax.Array | float:
+        """m of the update that ends step `step` (BYOL, arXiv 2006.07733, section 3.2)."""
+        start = self.config["momentum"]
+        if self.config["momentum_schedule"] == "constant":
+            return start
+        progress = jnp.clip(step / self.config["momentum_steps"], 0.0, 1.0)
+        return 1 - (1 - start) * (jnp.cos(math.pi * progress) + 1) / 2
+
+    def predict_fns(self) -> dict[str, Callable[[Any, Mapping[str, jax.Array]], jax.Array]]:
+        """'encoder', the student's features, and 'teacher', its teacher's."""
+
+        def of_teacher(state: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            images = augment.eval_transform(
+                self.augmentation, batch["image"][:, 0], batch["box"][:, 0]
+            )
+            weights = state.extra["teacher"]
+            name = teacher("backbone")
+            return base.apply(name, self.backbone, weights, state.batch_stats, images, False)[0]
+
+        return {**super().predict_fns(), "teacher": of_teacher}
+
+
+def teacher(name: str) -> str:
+    """The name of a module's teacher."""
+    return f"teacher_{name}"
+
+
+def student(name: str) -> str:
+    """Undoes `teacher`."""
+    return name.removeprefix("teacher_")
+
+
+# ---------------------------------------------------------------------------------------- the queue
+
+
+def new_queue(key: jax.Array, rows: int, dim: int) -> dict[str, jax.Array]:
+    """K random keys [K, D] float32, uniform, of a norm of about 1 (C2L's start), and place 0."""
+    reach = 1 / math.sqrt(dim / 3)
+    keys = jax.random.uniform(key, (rows, dim), jnp.float32, -reach, reach)
+    return {"keys": keys, "place": jnp.zeros((), jnp.int32)}
+
+
+def push(queue: Mapping[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
+    """The queue with its oldest rows replaced by `keys` [B, D]; B divides the queue's rows."""
+    rows = len(queue["keys"])
+    place = queue["place"]
+    held = jax.lax.dynamic_update_slice_in_dim(
+        queue["keys"], keys.astype(jnp.float32), place, axis=0
+    )
+    return {"keys": held, "place": (place + len(keys)) % rows}
+
+
+def scores(q: jax.Array, k: jax.Array, queue: jax.Array) -> jax.Array:
+    """[B, 1 + K] dot products of queries [B, D] with their keys [B, D] and a queue [K, D]."""
+    own = jnp.sum(q * k, axis=1, keepdims=True)
+    others = jnp.einsum("bd,kd->bk", q, queue, precision=HIGHEST)  # BD,KD->BK
+    return jnp.concatenate([own, others], axis=1)
+
+
+def infonce(s: jax.Array, temperature: float) -> jax.Array:
+    """Cross-entropy of scores [B, 1 + K] with the first as the target; mean over B."""
+    logits = s / temperature
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
+
+
+def nce(s: jax.Array, temperature: float, z: jax.Array, num_data: int) -> jax.Array:
+    """Noise-contrastive estimation of scores [B, 1 + K] with a fixed normaliser (C2L's code).
+
+    o = exp(s / temperature) / z; with P = 1 / num_data and m = K noise samples, the loss is
+    -(sum log o_0 / (o_0 + m P) + sum log m P / (o_i + m P)) / B.
+    """
+    o = jnp.exp(s / temperature) / z
+    m_p = (s.shape[1] - 1) / num_data
+    positive = jnp.log(o[:, 0] / (o[:, 0] + m_p + NCE_EPS))
+    negative = jnp.sum(jnp.log(m_p / (o[:, 1:] + m_p + NCE_EPS)), axis=1)
+    return -jnp.mean(positive + negative)
