@@ -1,0 +1,292 @@
+"""ConVIRT and its successors: directions, options, frozen layers, any mesh, mistakes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from exactness import NoOptimiser, assert_same, evaluate, mesh_of
+from test_objectives import DATA, make_batch
+
+from bigmed import losses, tree
+from bigmed.data import tokenise
+from bigmed.errors import UserError
+from bigmed.objectives import base, convirt
+from bigmed.state import make_init
+from configs import common
+
+LENGTH, VOCABULARY = 12, 70
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    words = [f"word{i}" for i in range(VOCABULARY - len(tokenise.SPECIAL))]
+    path = tmp_path_factory.mktemp("text") / "vocab.txt"
+    path.write_text("\n".join([*tokenise.SPECIAL, *words]) + "\n")
+    return base.DataSpec(DATA.class_names, DATA.task, 100, tokenise.load(path))
+
+
+def stage_config(texts=1, tower=None, **overrides):
+    config = common.base()
+    config.model = common.vit("mu/16")
+    config.augment = common.augmentation("convirt", 16)
+    config.data.channels = 3
+    config.data.text = common.text("vocab.txt", length=LENGTH, texts=texts)
+    config.text_model = common.bert(
+        width=32, depth=3, heads=2, mlp_dim=48, max_length=16, train_after_layer=1
+    )
+    config.text_model.update(tower or {})
+    config.objective = common.convirt_objective(**{"head_dim": 16, **overrides})
+    return config.lock()
+
+
+def batch_of(images=1, texts=1, length=LENGTH, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = make_batch(images, seed=seed)
+    count = len(batch["image"])
+    lengths = rng.integers(3, LENGTH + 1, (count, texts))
+    tokens = rng.integers(5, VOCABULARY, (count, texts, length)).astype(np.int32)
+    mask = np.arange(length) < lengths[..., None]
+    ids = rng.integers(0, 6, (count, texts)).astype(np.int32)  # some are equal
+    return {**batch, "tokens": np.where(mask, tokens, 0), "token_mask": mask, "text_id": ids}
+
+
+def features_of(texts=1, views=1, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ((16, views, 32), (16, texts, 32))
+    return convirt.Features(*(rng.normal(size=s).astype(np.float32) for s in shapes))
+
+
+# ------------------------------------------------------------------------------ the loss, by hand
+
+S = np.array([[0.9, 0.1, 0.3], [0.2, 0.8, -0.5], [0.0, 0.4, 0.6]])
+
+
+def vectors_with_cosines(cosines):
+    """Unit vectors v, u [N, 2 N] whose cosines are these times a factor, and the factor."""
+    n = len(cosines)
+    left = np.linalg.cholesky(np.eye(n) - 0.2 * cosines @ cosines.T + 1e-9)
+    scale = math.sqrt(0.2)
+    v = np.concatenate([scale * cosines, left], 1)
+    u = np.concatenate([np.eye(n), np.zeros((n, n))], 1)
+    return v, u, scale
+
+
+def test_three_pairs_by_hand_and_lambda_weighs_image_to_text():
+    v, u, shrink = vectors_with_cosines(S)
+    np.testing.assert_allclose(v @ u.T, shrink * S, atol=1e-12)
+
+    def cross_entropy(x):
+        return np.mean(np.log(np.exp(x).sum(1)) - np.diag(x))
+
+    x = 10 * shrink * S
+    want = 0.75 * cross_entropy(x) + 0.25 * cross_entropy(x.T)
+    got = losses.infonce(v, u, scale=10.0, weight=0.75)
+    np.testing.assert_allclose(got.loss, want, rtol=2e-6)
+    other = losses.infonce(v, u, scale=10.0, weight=0.25)
+    assert abs(float(other.loss) - want) > 0.01  # the matrix is not symmetric
+    same = losses.infonce(np.ones((8, 4)), np.ones((8, 4)), scale=10.0, weight=0.75)
+    np.testing.assert_allclose(same.loss, math.log(8), rtol=1e-6)
+
+
+def oracle(objective, params, features, ids, kind, duplicates, scale, bias):
+    """The whole of `compare` in float64 from the papers' formulas."""
+    own = objective.config
+
+    def project(name, x):
+        layers = [np.asarray(params[name][f"dense{k}"]["kernel"], np.float64) for k in (1, 2)]
+        z = np.maximum(x.astype(np.float64) @ layers[0], 0) @ layers[1]
+        return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+    images, texts = project("head", features.images), project("text_head", features.texts)
+
+    def contrast(v, u, weight, ids):
+        n = len(v)
+        equal = np.eye(n, dtype=bool)
+        if ids is not None and duplicates != "none":
+            equal = ids[:, None] == ids[None, :]
+        own_pair = np.eye(n, dtype=bool)
+        if kind == "sigmoid":
+            total = 0.0
+            for i in range(n):
+                for j in range(n):
+                    if duplicates == "mask" and equal[i, j] and i != j:
+                        continue
+                    positive = equal[i, j] if duplicates == "multi" else i == j
+                    y = 1 if positive else -1
+                    total += np.log1p(np.exp(-y * (scale * v[i] @ u[j] + bias)))
+            return total / n
+        x = scale * v @ u.T
+        if duplicates == "mask":
+            x = np.where(equal & ~own_pair, -np.inf, x)
+        targets = equal if duplicates == "multi" else own_pair
+
+        def one_way(x, targets):
+            log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
+            return -np.mean([log_p[i][targets[i]].mean() for i in range(n)])
+
+        return weight * one_way(x, targets) + (1 - weight) * one_way(x.T, targets.T)
+
+    pairs = [
+        contrast(images[:, v], texts[:, r], own["image_weight"], ids[:, r])
+        for v in range(images.shape[1])
+        for r in range(texts.shape[1])
+    ]
+    total = np.mean(pairs)
+    if own["image_image"]:
+        total += own["image_image"] * contrast(images[:, 0], images[:, 1], 0.5, None)
+    if own["text_text"]:
+        total += own["text_text"] * contrast(texts[:, 0], texts[:, 1], 0.5, ids[:, 0])
+    return total
+
+
+@pytest.mark.parametrize("duplicates", convirt.DUPLICATES)
+@pytest.mark.parametrize("kind", convirt.LOSSES)
+@pytest.mark.parametrize("terms", [{}, {"image_image": 1.0, "text_text": 0.5}], ids=["pair", "all"])
+def test_the_loss_is_the_definition(spec, kind, duplicates, terms):
+    count = 2 if terms else 1
+    config = stage_config(texts=count, loss=kind, duplicates=duplicates, **terms)
+    objective = convirt.Objective(config, spec)
+    batch, features = batch_of(texts=count), features_of(count, count)
+    params, stats, extra = objective.init(jax.random.key(0), batch)
+    _, aux = objective.compare(params, stats, extra, features, batch, jax.random.key(0), True)
+    metrics = aux["metrics"]
+    got = metrics["image_text_loss"]
+    got += sum(w * metrics[f"{name}_loss"] for name, w in terms.items())
+    want = oracle(objective, params, features, batch["text_id"], kind, duplicates, 10.0, -10.0)
+    np.testing.assert_allclose(got, want, rtol=5e-6)  # logits of up to 20, rounded to 2^-23 of them
+    ids = batch["text_id"][:, 0].tolist()
+    repeated = np.mean([ids.count(i) > 1 for i in ids])
+    np.testing.assert_allclose(metrics["duplicate_texts"], repeated, rtol=1e-6)
+
+
+def test_a_learned_scale_starts_at_the_temperature_and_is_clamped(spec):
+    objective = convirt.Objective(stage_config(learn_temperature=True, temperature=0.07), spec)
+    batch, features = batch_of(), features_of()
+    params, stats, extra = objective.init(jax.random.key(0), batch)
+
+    def loss(params):
+        return objective.compare(params, stats, extra, features, batch, jax.random.key(0), True)
+
+    (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    np.testing.assert_allclose(aux["metrics"]["similarity_scale"], 1 / 0.07, rtol=1e-5)
+    assert abs(float(grads["logit_scale"])) > 0
+    for value, want in ((9.0, 100.0), (-3.0, 1.0)):
+        found = loss({**params, "logit_scale": jnp.float32(value)})[1]["metrics"]
+        np.testing.assert_allclose(found["similarity_scale"], want, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- the towers
+
+
+def test_frozen_layers_get_no_gradient_and_do_not_move_and_all_else_does(spec):
+    objective, batch = convirt.Objective(stage_config(), spec), batch_of()
+    _, _, _, grads = evaluate(objective, batch, mesh_of(1, 1, 1))
+    from bigmed import optim
+
+    config = common.optimizer("adam", 0.1, lr_scaling="none", weight_decay=0.1, warmup_steps=0)
+    params = jax.device_get(objective.init(jax.random.key(0), batch)[0])
+    settings = {**config, "freeze": objective.FROZEN}
+    tx, _ = optim.make_optimizer(settings, params, batch_size=16, total_steps=10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = tree.flatten(optax.apply_updates(params, updates))
+    for name, gradient in tree.flatten(grads).items():
+        frozen = name.startswith(("text/embeddings", "text/layer1/"))
+        assert np.any(gradient) != frozen, name
+        assert np.array_equal(moved[name], tree.flatten(params)[name]) == frozen, name
+    assert {n.split("/")[0] for n in tree.flatten(grads)} == {
+        "backbone", "head", "text", "text_head", "probe"
+    }  # fmt: skip
+
+
+def test_padding_to_another_length_changes_nothing(spec):
+    objective = convirt.Objective(stage_config(), spec)
+    short = batch_of()
+    wide = {
+        **short,
+        "tokens": np.pad(short["tokens"], ((0, 0), (0, 0), (0, 4)), constant_values=3),
+        "token_mask": np.pad(short["token_mask"], ((0, 0), (0, 0), (0, 4))),
+    }
+    one = mesh_of(1, 1, 1)
+    np.testing.assert_allclose(
+        evaluate(objective, wide, one)[0], evaluate(objective, short, one)[0], rtol=1e-5
+    )
+
+
+def test_several_images_and_views(spec):
+    two_views = convirt.Objective(stage_config(image_image=1.0), spec)
+    views = two_views.prepare(batch_of(1), jax.random.key(0), True).views
+    assert views.shape == (16, 2, 16, 16, 3) and not np.array_equal(views[:, 0], views[:, 1])
+    plain = convirt.Objective(stage_config(), spec)
+    assert plain.prepare(batch_of(1), jax.random.key(0), True).views.shape[1] == 1
+    assert plain.prepare(batch_of(2), jax.random.key(0), True).views.shape[1] == 2
+
+
+def test_validation_is_the_same_for_any_key(spec):
+    objective, batch = convirt.Objective(stage_config(), spec), batch_of()
+    state = make_init(objective, NoOptimiser, batch, seed=0)()
+
+    def loss(seed, train):
+        return objective.loss(
+            state.params, state.batch_stats, state.extra, batch, jax.random.key(seed), train
+        )[0]
+
+    assert float(loss(0, False)) == float(loss(1, False))
+    assert float(loss(0, True)) != float(loss(1, True))
+
+
+def test_embeddings_for_retrieval_are_unit_vectors(spec):
+    objective, batch = convirt.Objective(stage_config(), spec), batch_of(texts=2)
+    state = make_init(objective, NoOptimiser, batch, seed=0)()
+    fns = objective.predict_fns()
+    assert set(fns) == {"encoder", "image", "text"}
+    for name in ("image", "text"):
+        found = fns[name](state, batch)
+        assert found.shape == (16, 16)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- exactness
+
+OPTIONS = {
+    "convirt": {},
+    "clip": {"learn_temperature": True, "image_weight": 0.5, "duplicates": "mask"},
+    "siglip": {"loss": "sigmoid", "learn_temperature": True, "duplicates": "multi"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_and_gradients_are_those_of_one_device_and_of_parts(spec, name):
+    objective, batch = convirt.Objective(stage_config(**OPTIONS[name]), spec), batch_of()
+    one = mesh_of(1, 1, 1)
+    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
+    for sizes in ((8, 1, 1), (2, 2, 2)):
+        assert_same(evaluate(objective, batch, mesh_of(*sizes)), want, nudged)
+    assert_same(evaluate(objective, batch, one, count=4), want, nudged)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": -0.1}, "config.objective.temperature=-0.1"),
+        ({"loss": "sigmoidal"}, "did you mean 'sigmoid'"),
+        ({"duplicates": "drop"}, "config.objective.duplicates='drop'"),
+        ({"image_weight": 1.5}, "config.objective.image_weight=1.5"),
+        ({"text_text": 0.5}, "config.data.text.texts=2"),
+        ({"tower": {"vocab_size": 500}}, "vocab_size=500 does not fit"),
+        ({"tower": {"max_length": 8}}, "config.data.text.length=12 is beyond"),
+        ({"tower": {"depths": 3}}, "config.text_model of 'bert'"),
+        ({"head_layers": 9}, "config.objective.head_layers=9"),
+    ],
+)
+def test_mistakes_are_named(spec, change, said):
+    with pytest.raises(UserError, match=said):
+        objective = convirt.Objective(stage_config(**change), spec)
+        objective.init(jax.random.key(0), batch_of())
+
+
+def test_without_texts_it_says_what_to_set():
+    with pytest.raises(UserError, match="needs texts; set config.data.text.tokeniser"):
+        convirt.Objective(stage_config(), DATA)
