@@ -2,14 +2,22 @@
 
 Everything here is float32. The arrays are global: under a mesh the anchors of a similarity matrix
 stay sharded by row while XLA gathers the candidates, with gradients through both sides of every dot
-product, so the value and the gradient are those of one device.
+product, so the value and the gradient are those of one device. Where that matrix would be large,
+the same numbers are computed in tiles (`bigmed.tiled`).
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bigmed import tiled
+from bigmed.sharding import BATCH_AXES
+
+# Logits of one matrix on a device above which they are made in tiles: TILED_ABOVE
+TILED_ABOVE = 2**22
+TILE = 512
 NORM_EPS = 1e-12
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -37,6 +45,7 @@ def ntxent(
     hidden_norm: bool = True,
     reduction: str = "mean",
     groups: jax.Array | None = None,
+    tile: int | None = None,
 ) -> Contrast:
     """NT-Xent with all 2(N-1) negatives (SimCLR, arXiv 2002.05709, equation 1 and algorithm 1).
 
@@ -48,13 +57,24 @@ def ntxent(
         the sum of the two directional means, which is twice that.
       groups: optional [N] integers; items of one group other than the pair itself are no negatives
         of each other (several cases of one patient).
+      tile: rows and columns of a tile; 0: the whole matrix at once; None: as its size suggests.
 
     Returns:
       `Contrast`; accuracy and entropy look at the a -> b block alone (N candidates), as the
       released code logs them.
     """
     n = z_a.shape[0]
-    z_a, z_b = (l2_normalize(z) if hidden_norm else z.astype(jnp.float32) for z in (z_a, z_b))
+    z_a, z_b = z_a.astype(jnp.float32), z_b.astype(jnp.float32)
+    factor = {"mean": 1.0, "sum": 2.0}[reduction]
+    plan = _plan(n, tile, "none" if groups is None else "mask", hidden_norm)
+    if plan:
+        groups = jnp.arange(n) if groups is None else groups
+        scale = jnp.asarray(1 / temperature, jnp.float32)
+        *rows, accuracy, entropy = tiled.ntxent(z_a, z_b, groups.astype(jnp.int32), scale, plan)
+        rows = jnp.stack(rows)
+        return Contrast(jnp.mean(rows) * factor, accuracy, entropy, rows)
+    if hidden_norm:
+        z_a, z_b = l2_normalize(z_a), l2_normalize(z_b)
 
     def similarity(x: jax.Array, y: jax.Array) -> jax.Array:
         # ND,MD->NM
@@ -80,8 +100,7 @@ def ntxent(
         return every - jnp.diagonal(cross)
 
     rows = jnp.stack([row_losses(logits_ab, logits_aa), row_losses(logits_ba, logits_bb)])
-    loss = jnp.mean(rows) * {"mean": 1.0, "sum": 2.0}[reduction]
-    return Contrast(loss, *_diagnostics(logits_ab), rows)
+    return Contrast(jnp.mean(rows) * factor, *_diagnostics(logits_ab), rows)
 
 
 def infonce(
@@ -92,6 +111,7 @@ def infonce(
     weight: float = 0.5,
     ids: jax.Array | None = None,
     duplicates: str = "none",
+    tile: int | None = None,
 ) -> Contrast:
     """InfoNCE in both directions between N pairs (ConVIRT, arXiv 2010.00747, equations 2 to 4).
 
@@ -103,10 +123,18 @@ def infonce(
       duplicates: what equal ids make of two different pairs: 'none', negatives of each other;
         'mask', neither negatives nor positives; 'multi', positives, whose log-probabilities are
         averaged.
+      tile: see `ntxent`.
 
     Returns:
       `Contrast`: the mean over the pairs; accuracy and entropy are those of v -> u.
     """
+    v, u = v.astype(jnp.float32), u.astype(jnp.float32)
+    plan = _plan(len(v), tile, duplicates if ids is not None else "none")
+    if plan:
+        *rows, accuracy, entropy = tiled.infonce(v, u, _ids(v, ids), _float(scale), plan)
+        rows = jnp.stack(rows)
+        loss = weight * jnp.mean(rows[0]) + (1 - weight) * jnp.mean(rows[1])
+        return Contrast(loss, accuracy, entropy, rows)
     v, u = l2_normalize(v), l2_normalize(u)
     logits = _mask(_cosines(v, u) * scale, ids, duplicates)
     positive = _positives(len(v), ids, duplicates)
@@ -128,6 +156,7 @@ def sigmoid(
     bias: jax.Array | float,
     ids: jax.Array | None = None,
     duplicates: str = "none",
+    tile: int | None = None,
 ) -> Contrast:
     """The sigmoid loss of SigLIP (arXiv 2303.15343, equation 1): every pair is a binary question.
 
@@ -139,6 +168,12 @@ def sigmoid(
     Returns:
       `Contrast`: the sum over all combinations, divided by N; `rows` are those of v and of u.
     """
+    v, u = v.astype(jnp.float32), u.astype(jnp.float32)
+    plan = _plan(len(v), tile, duplicates if ids is not None else "none")
+    if plan:
+        found = tiled.sigmoid(v, u, _ids(v, ids), _float(scale), _float(bias), plan)
+        rows = jnp.stack(found[:2])
+        return Contrast(jnp.mean(rows[0]), *found[2:], rows)
     v, u = l2_normalize(v), l2_normalize(u)
     logits = _cosines(v, u) * scale + bias
     sign = jnp.where(_positives(len(v), ids, duplicates), 1.0, -1.0)
@@ -147,6 +182,32 @@ def sigmoid(
         terms = jnp.where(_repeated(ids), 0.0, terms)
     rows = jnp.stack([jnp.sum(terms, axis=1), jnp.sum(terms, axis=0)])
     return Contrast(jnp.mean(rows[0]), *_diagnostics(_mask(logits, ids, duplicates)), rows)
+
+
+def _plan(
+    n: int, tile: int | None, duplicates: str, normalise: bool = True
+) -> tiled.Plan | None:
+    """How to compute N x N pairs in tiles; None to compute them at once.
+
+    Rows that do not divide over the mesh, or into tiles of some size, are computed at once too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    rows, rest = divmod(n, shards)
+    if tile is None:
+        tile = TILE if rows * n > TILED_ABOVE else 0
+    fitting = [t for t in range(1, min(tile, rows) + 1) if rows % t == 0]
+    if rest or not fitting or fitting[-1] < min(tile, rows) / 8:
+        return None
+    return tiled.Plan(fitting[-1], duplicates, mesh if shards > 1 else None, normalise)
+
+
+def _ids(v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    return jnp.arange(len(v), dtype=jnp.int32) if ids is None else ids.astype(jnp.int32)
+
+
+def _float(value: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
 
 
 def _cosines(v: jax.Array, u: jax.Array) -> jax.Array:
@@ -170,11 +231,15 @@ def _mask(logits: jax.Array, ids: jax.Array | None, duplicates: str) -> jax.Arra
 
 
 def _diagnostics(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Accuracy and mean entropy of the rows' softmax over [N, N], without a gradient."""
+    """Accuracy and mean entropy of the rows' softmax over [N, N], without a gradient.
+
+    A row counts as right where its own logit is above all others.
+    """
     logits = jax.lax.stop_gradient(logits)
     log_p = jax.nn.log_softmax(logits, axis=1)
     entropy = -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p, 0.0), axis=1)
-    right = jnp.argmax(logits, axis=1) == jnp.arange(len(logits))
+    others = jnp.where(jnp.eye(len(logits), dtype=bool), -jnp.inf, logits)
+    right = jnp.max(others, axis=1) < jnp.diagonal(logits)
     return jnp.mean(right), jnp.mean(entropy)
 
 

@@ -344,3 +344,16 @@ def smoke(config: ConfigDict) -> ConfigDict:
             stage.optim.warmup_steps = 2
     config.optim.warmup_steps = 2
     return config
+
+
+def smoke_with_texts(config: ConfigDict) -> ConfigDict:
+    """`smoke` for an objective with texts, which are those of the synthetic data set."""
+    config = smoke(config)
+    folder = "{workdir}/data/phantom"
+    config.phantom.num_patients = 200  # enough of them for a batch to validate on
+    config.data.source.held_out = source(folder, "val")
+    config.data.text = text(f"{folder}/vocab.txt", length=24, sections="all")
+    config.text_model = bert(width=32, depth=2, heads=2, mlp_dim=64, train_after_layer=1)
+    config.validate.every = 3
+    config.optim.warmup_steps = 0
+    return config

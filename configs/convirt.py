@@ -50,18 +50,8 @@ def get_config(arg: str = ""):
         config.objective.update(temperature=0.07, learn_temperature=True, image_weight=0.5)
     if arg == "siglip":
         config.objective.update(loss="sigmoid", temperature=0.1, learn_temperature=True)
-    return _smoke(config) if arg == "smoke" else config
-
-
-def _smoke(config):
-    config = common.smoke(config)
-    phantom = "{workdir}/data/phantom"
-    config.phantom.num_patients = 200
-    config.data.source.held_out = common.source(phantom, "val")
-    config.data.text = common.text(f"{phantom}/vocab.txt", length=24, sections="all")
-    config.text_model = common.bert(width=32, depth=2, heads=2, mlp_dim=64, train_after_layer=1)
-    config.objective.head_dim = 32
-    config.init_from = common.init_from()
-    config.validate.every = 3
-    config.optim.warmup_steps = 0
+    if arg == "smoke":
+        config = common.smoke_with_texts(config)
+        config.objective.head_dim = 32
+        config.init_from = common.init_from()
     return config

@@ -8,7 +8,10 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "tree", "resolve", "precision", "image_ops", "host_memory"),
-    ("losses", "tiled", "augment", "optim", "sharding", "checkpoint", "metrics", "statistics"),
+    (
+        *("losses", "tiled", "tiles", "augment", "optim"),
+        *("sharding", "checkpoint", "metrics", "statistics"),
+    ),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert"),
     ("state", "step", "validation", "recorder", "record"),
@@ -21,7 +24,8 @@ INSIDE = {
     "curriculum": ("train",),
     "checkpoint": ("sharding",),
     "losses": ("tiled", "sharding"),
-    "tiled": ("sharding",),
+    "tiled": ("tiles",),
+    "tiles": ("sharding",),
     "step": ("state",),
     "recorder": ("state",),
     "validation": ("state",),

@@ -37,11 +37,12 @@ class Objective(momentum.Objective):
 
     Config (`config.objective`): `losses`, which of 'plain', 'image_mix' and 'feature_mix' are
     averaged; `mode`, 'nce' with a normaliser fixed at the first step (as the released command
-    trains) or 'infonce'; `temperature`; `queue_size`; `queue`, 'sequential': each loss pushes its keys at
-    once, so that the next one meets them (as released, one push for each loss), or 'snapshot': all
-    are scored against one queue, then the plain keys are pushed; `head`, 'linear' or 'mlp', and
-    `head_dim`; `bn_groups`, in how many groups of a batch, shuffled for the teacher, batch
-    statistics are taken (1: over the whole batch): MoCo's shuffled batch norm without its devices.
+    trains) or 'infonce'; `temperature`; `queue_size`; `queue`, 'sequential': each loss pushes its
+    keys at once, so that the next one meets them (as released, one push for each loss), or
+    'snapshot': all are scored against one queue, then the plain keys are pushed; `head`, 'linear'
+    or 'mlp', and `head_dim`; `bn_groups`, in how many groups of a batch, shuffled for the teacher,
+    batch statistics are taken (1: over the whole batch): MoCo's shuffled batch norm without its
+    devices.
     """
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):

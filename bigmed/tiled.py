@@ -1,0 +1,378 @@
+"""Contrastive losses over all pairs of a batch without a matrix of all pairs.
+
+The similarities of N rows with N columns are computed in tiles, twice: once for the sums that the
+loss needs, with a running maximum (an online log-sum-exp), and once for the gradient, which those
+sums determine. So memory is that of the rows and one tile, in both passes. Over a mesh each device
+keeps its rows while the columns travel round a ring, with what is summed up for them, so that N^2
+products are made once and shared by both directions of a loss.
+
+The gradients are written by hand (`jax.custom_vjp`) around `shard_map`, never through it. Accuracy
+and entropy come from the same sums and carry no gradient. Everything is float32.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bigmed.tiles import Items, fresh, items, on_mesh, sweep
+
+HIGHEST = lax.Precision.HIGHEST
+NORM_EPS = 1e-12
+NEVER = -1e30  # a logit that takes no part; finite, so that no infinity is subtracted from another
+
+
+class Plan(NamedTuple):
+    """How pairs are related, and where they are computed; hashable.
+
+    Attributes:
+      tile: rows and columns of a tile; divides the rows of a device.
+      duplicates: what equal ids make of two different rows: 'none', 'mask' or 'multi', see
+        `bigmed.losses.infonce`.
+      mesh: the mesh over whose `BATCH_AXES` the rows are split, or None.
+      normalise: whether vectors are divided by their norms.
+    """
+
+    tile: int
+    duplicates: str = "none"
+    mesh: Any = None
+    normalise: bool = True
+
+
+class Sums(NamedTuple):
+    """What is summed up for each row or column of logits, float32 [B].
+
+    Attributes:
+      highest, total: of the logits, and the sum of exp(logit - highest).
+      weighted: the sum of exp(logit - highest) * logit.
+      own: the logit of the item's own pair.
+      best_other: the highest of all others.
+      positives, count: sum and number of the positives' logits.
+    """
+
+    highest: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+    own: jax.Array
+    best_other: jax.Array
+    positives: jax.Array
+    count: jax.Array
+
+    @property
+    def log_sum(self) -> jax.Array:
+        return self.highest + jnp.log(self.total)
+
+    @property
+    def entropy(self) -> jax.Array:
+        return self.log_sum - self.weighted / self.total
+
+    @property
+    def right(self) -> jax.Array:
+        """1 where the own pair is the highest, alone; float32."""
+        return (self.best_other < self.own).astype(jnp.float32)
+
+
+def _no_sums(rows: int) -> Sums:
+    zero, never = jnp.zeros(rows), jnp.full(rows, NEVER)
+    return Sums(never, zero, zero, zero, never, zero, zero)
+
+
+def _add(sums: Sums, logits: jax.Array, own: jax.Array, positive: jax.Array, axis: int) -> Sums:
+    """The sums after one more tile, along an axis of it."""
+    highest = jnp.maximum(sums.highest, logits.max(axis))
+    shrink = jnp.exp(sums.highest - highest)
+    weights = jnp.exp(logits - jnp.expand_dims(highest, axis))
+    return Sums(
+        highest=highest,
+        total=sums.total * shrink + weights.sum(axis),
+        weighted=sums.weighted * shrink + (weights * logits).sum(axis),
+        own=sums.own + jnp.where(own, logits, 0.0).sum(axis),
+        best_other=jnp.maximum(sums.best_other, jnp.where(own, NEVER, logits).max(axis)),
+        positives=sums.positives + jnp.where(positive, logits, 0.0).sum(axis),
+        count=sums.count + positive.sum(axis),
+    )
+
+
+def _relations(row: Items, col: Items, duplicates: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[t, t] booleans of a tile: own pair, positive, left out."""
+    own = row.index[:, None] == col.index[None, :]
+    equal = row.ids[:, None] == col.ids[None, :]
+    positive = own | equal if duplicates == "multi" else own
+    left_out = equal & ~own if duplicates == "mask" else jnp.zeros_like(own)
+    return own, positive, left_out
+
+
+def _dots(row: Items, col: Items) -> jax.Array:
+    return jnp.einsum("id,jd->ij", row.vectors, col.vectors, precision=HIGHEST)  # ID,JD->IJ
+
+
+def _factor(x: jax.Array, plan: Plan) -> jax.Array:
+    """[N], what each row is multiplied by."""
+    if not plan.normalise:
+        return jnp.ones(len(x))
+    return lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=1), NORM_EPS))
+
+
+def _through_norm(x: jax.Array, gradient: jax.Array, plan: Plan) -> jax.Array:
+    """The gradient by x [N, D] of the one by the vectors that `_factor` makes of it."""
+    factor = _factor(x, plan)[:, None]
+    if not plan.normalise:
+        return gradient
+    along = jnp.sum(x * gradient, axis=1, keepdims=True) * factor**2
+    long = (factor < NORM_EPS**-0.5).astype(jnp.float32)  # a shorter one is only scaled
+    return factor * (gradient - long * along * x)
+
+
+def _sums_of_pairs(
+    v: jax.Array, u: jax.Array, ids: jax.Array, scale: Any, bias: Any, plan: Plan
+) -> tuple[Sums, Sums]:
+    """The sums of all rows and columns of scale <v_i, u_j> + bias."""
+
+    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> tuple[Sums, Sums]:
+        v, u, ids, *factors = arrays
+        scale, bias = scalars
+
+        def visit(row: Items, col: Items, of_row: Sums, of_col: Sums) -> tuple[Sums, Sums]:
+            own, positive, left_out = _relations(row, col, plan.duplicates)
+            logits = jnp.where(left_out, NEVER, scale * _dots(row, col) + bias)
+            return _add(of_row, logits, own, positive, 1), _add(of_col, logits, own, positive, 0)
+
+        row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        states = fresh((_no_sums(len(v)), _no_sums(len(u))), axes)
+        return sweep(visit, row, col, *states, plan.tile, axes, shards)
+
+    factors = _factor(v, plan), _factor(u, plan)
+    return on_mesh(local, plan.mesh, v, u, ids, *factors, scalars=(scale, bias))
+
+
+class Side(NamedTuple):
+    """What the gradient needs of a direction, float32 [B]: the log-sum, the number of positives,
+    and the gradient of the loss with respect to this item's own term."""
+
+    log_sum: jax.Array
+    count: jax.Array
+    gradient: jax.Array
+
+
+def _gradients_of_pairs(
+    v: jax.Array, u: jax.Array, ids: jax.Array, of_row: Side, of_col: Side, scale: Any, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dv, du, dscale [N], to be summed) of sum_i g_i (r_i - p_i) + sum_j g_j (c_j - p_j).
+
+    r and c are log-sums of rows and columns, p means of the positives' logits; r and c may also
+    cover other logits than these. The gradients are by the normalised vectors times the scale.
+    """
+
+    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
+        v, u, ids, of_row, of_col, *factors = arrays
+        (scale,) = scalars
+
+        def visit(row: Any, col: Any, row_state: Any, du: jax.Array) -> tuple[Any, jax.Array]:
+            (row, of_row), (col, of_col), (dv, dscale) = row, col, row_state
+            _, positive, left_out = _relations(row, col, plan.duplicates)
+            dots = _dots(row, col)
+            logits = jnp.where(left_out, NEVER, scale * dots)
+            g = of_row.gradient[:, None] * (
+                jnp.exp(logits - of_row.log_sum[:, None]) - positive / of_row.count[:, None]
+            ) + of_col.gradient[None, :] * (
+                jnp.exp(logits - of_col.log_sum[None, :]) - positive / of_col.count[None, :]
+            )
+            return _accumulate(g, dots, row, col, dv, dscale, du)
+
+        row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        states = fresh(((jnp.zeros(v.shape), jnp.zeros(len(v))), jnp.zeros(u.shape)), axes)
+        (dv, dscale), du = sweep(
+            visit, (row, of_row), (col, of_col), *states, plan.tile, axes, shards
+        )
+        return dv, du, dscale
+
+    factors = _factor(v, plan), _factor(u, plan)
+    return on_mesh(local, plan.mesh, v, u, ids, of_row, of_col, *factors, scalars=(scale,))
+
+
+def _accumulate(
+    g: jax.Array, dots: jax.Array, row: Items, col: Items, dv: Any, dscale: Any, du: Any
+) -> tuple[Any, Any]:
+    dv = dv + jnp.einsum("ij,jd->id", g, col.vectors, precision=HIGHEST)  # IJ,JD->ID
+    du = du + jnp.einsum("ij,id->jd", g, row.vectors, precision=HIGHEST)  # IJ,ID->JD
+    return (dv, dscale + jnp.sum(g * dots, axis=1)), du
+
+
+# -------------------------------------------------------------------------------------- the losses
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def infonce(
+    v: jax.Array, u: jax.Array, ids: jax.Array, scale: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(loss of each row [N], of each column [N], accuracy, entropy) of v, u [N, D]."""
+    return _infonce_forward(v, u, ids, scale, plan)[0]
+
+
+def _infonce_forward(v: Any, u: Any, ids: Any, scale: Any, plan: Plan) -> tuple[Any, Any]:
+    row, col = _sums_of_pairs(v, u, ids, scale, jnp.zeros(()), plan)
+    losses = [side.log_sum - side.positives / side.count for side in (row, col)]
+    found = (*losses, jnp.mean(row.right), jnp.mean(row.entropy))
+    return found, (v, u, ids, scale, row.log_sum, row.count, col.log_sum, col.count)
+
+
+def _infonce_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
+    v, u, ids, scale, r, n, c, m = kept
+    sides = Side(r, n, cotangents[0]), Side(c, m, cotangents[1])
+    dv, du, dscale = _gradients_of_pairs(v, u, ids, *sides, scale, plan)
+    dv, du = (_through_norm(x, scale * dx, plan) for x, dx in ((v, dv), (u, du)))
+    return dv, du, None, jnp.sum(dscale)
+
+
+infonce.defvjp(_infonce_forward, _infonce_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def sigmoid(
+    v: jax.Array, u: jax.Array, ids: jax.Array, scale: jax.Array, bias: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(loss of each row [N], of each column [N], accuracy, entropy); the two sums are equal."""
+    return _sigmoid_forward(v, u, ids, scale, bias, plan)[0]
+
+
+def _sigmoid_forward(
+    v: Any, u: Any, ids: Any, scale: Any, bias: Any, plan: Plan
+) -> tuple[Any, Any]:
+    row, _ = _sums_of_pairs(v, u, ids, scale, bias, plan)
+
+    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
+        v, u, ids, *factors = arrays
+        scale, bias = scalars
+
+        def visit(row: Items, col: Items, of_row: Any, of_col: Any) -> tuple[Any, Any]:
+            _, positive, left_out = _relations(row, col, plan.duplicates)
+            logits = scale * _dots(row, col) + bias
+            terms = jax.nn.softplus(jnp.where(positive, -logits, logits))
+            terms = jnp.where(left_out, 0.0, terms)
+            return of_row + terms.sum(1), of_col + terms.sum(0)
+
+        states = fresh((jnp.zeros(len(v)), jnp.zeros(len(u))), axes)
+        both = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        return sweep(visit, *both, *states, plan.tile, axes, shards)
+
+    factors = _factor(v, plan), _factor(u, plan)
+    losses = on_mesh(local, plan.mesh, v, u, ids, *factors, scalars=(scale, bias))
+    return (*losses, jnp.mean(row.right), jnp.mean(row.entropy)), (v, u, ids, scale, bias)
+
+
+def _sigmoid_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
+    v, u, ids, scale, bias = kept
+
+    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
+        v, u, ids, of_row, of_col, *factors = arrays
+        scale, bias = scalars
+
+        def visit(row: Any, col: Any, row_state: Any, du: jax.Array) -> tuple[Any, jax.Array]:
+            (row, g_row), (col, g_col), (dv, dscale, dbias) = row, col, row_state
+            _, positive, left_out = _relations(row, col, plan.duplicates)
+            dots = _dots(row, col)
+            logits = scale * dots + bias
+            slope = jax.nn.sigmoid(logits) - positive
+            g = jnp.where(left_out, 0.0, slope) * (g_row[:, None] + g_col[None, :])
+            (dv, dscale), du = _accumulate(g, dots, row, col, dv, dscale, du)
+            return (dv, dscale, dbias + jnp.sum(g, axis=1)), du
+
+        row = items(v, factors[0], ids, axes), of_row
+        col = items(u, factors[1], ids, axes), of_col
+        of_rows = jnp.zeros(v.shape), jnp.zeros(len(v)), jnp.zeros(len(v))
+        states = fresh((of_rows, jnp.zeros(u.shape)), axes)
+        (dv, dscale, dbias), du = sweep(visit, row, col, *states, plan.tile, axes, shards)
+        return dv, du, dscale, dbias
+
+    arrays = v, u, ids, cotangents[0], cotangents[1], _factor(v, plan), _factor(u, plan)
+    dv, du, dscale, dbias = on_mesh(local, plan.mesh, *arrays, scalars=(scale, bias))
+    dv, du = (_through_norm(x, scale * dx, plan) for x, dx in ((v, dv), (u, du)))
+    return dv, du, None, jnp.sum(dscale), jnp.sum(dbias)
+
+
+sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def ntxent(
+    a: jax.Array, b: jax.Array, groups: jax.Array, scale: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(loss of each a [N], of each b [N], accuracy, entropy) of NT-Xent, of vectors [N, D].
+
+    With `plan.duplicates` 'mask', items of one group are no negatives of each other. `scale` gets
+    no gradient.
+    """
+    return _ntxent_forward(a, b, groups, scale, plan)[0]
+
+
+def _ntxent_forward(a: Any, b: Any, groups: Any, scale: Any, plan: Plan) -> tuple[Any, Any]:
+    row, col = _sums_of_pairs(a, b, groups, scale, jnp.zeros(()), plan)
+    r_a = jnp.logaddexp(row.log_sum, _log_sums_within(a, groups, scale, plan))
+    r_b = jnp.logaddexp(col.log_sum, _log_sums_within(b, groups, scale, plan))
+    found = (r_a - row.own, r_b - col.own, jnp.mean(row.right), jnp.mean(row.entropy))
+    return found, (a, b, groups, scale, r_a, r_b)
+
+
+def _ntxent_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
+    a, b, groups, scale, r_a, r_b = kept
+    one = jnp.ones_like(r_a)
+    sides = Side(r_a, one, cotangents[0]), Side(r_b, one, cotangents[1])
+    da, db, _ = _gradients_of_pairs(a, b, groups, *sides, scale, plan)
+    # one after the other: side by side they would need the memory of both
+    da = _gradient_within(a, groups, sides[0], da, scale, plan)
+    da, db = lax.optimization_barrier((da, db))
+    db = _gradient_within(b, groups, sides[1], db, scale, plan)
+    da, db = (_through_norm(x, scale * dx, plan) for x, dx in ((a, da), (b, db)))
+    return da, db, None, jnp.zeros_like(scale)
+
+
+ntxent.defvjp(_ntxent_forward, _ntxent_backward)
+
+
+def _within(row: Items, col: Items, scale: Any, plan: Plan) -> jax.Array:
+    """Logits of one view's items with each other, without an item's own and its group's."""
+    left_out = row.index[:, None] == col.index[None, :]
+    if plan.duplicates == "mask":
+        left_out |= row.ids[:, None] == col.ids[None, :]
+    return jnp.where(left_out, NEVER, scale * _dots(row, col))
+
+
+def _log_sums_within(x: jax.Array, groups: jax.Array, scale: Any, plan: Plan) -> jax.Array:
+    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> jax.Array:
+        x, groups, factor = arrays
+
+        def visit(row: Items, col: Items, state: Any, _: Any) -> tuple[Any, tuple]:
+            logits = _within(row, col, scalars[0], plan)
+            highest = jnp.maximum(state[0], logits.max(1))
+            added = jnp.exp(logits - highest[:, None]).sum(1)
+            return (highest, state[1] * jnp.exp(state[0] - highest) + added), ()
+
+        own = items(x, factor, groups, axes)
+        start = fresh((jnp.full(len(x), NEVER), jnp.zeros(len(x))), axes)
+        (highest, total), _ = sweep(visit, own, own, start, (), plan.tile, axes, shards)
+        return highest + jnp.log(total)
+
+    return on_mesh(local, plan.mesh, x, groups, _factor(x, plan), scalars=(scale,))
+
+
+def _gradient_within(
+    x: jax.Array, groups: jax.Array, side: Side, dx: jax.Array, scale: Any, plan: Plan
+) -> jax.Array:
+    """Adds to `dx` both parts of an item, as anchor and as candidate; the logits are symmetric."""
+
+    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> jax.Array:
+        x, groups, side, dx, factor = arrays
+
+        def visit(row: Any, col: Any, dx: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
+            (row, of_row), (col, of_col) = row, col
+            logits = _within(row, col, scalars[0], plan)
+            g = of_row.gradient[:, None] * jnp.exp(logits - of_row.log_sum[:, None])
+            g = g + of_col.gradient[None, :] * jnp.exp(logits - of_col.log_sum[None, :])
+            return dx + jnp.einsum("ij,jd->id", g, col.vectors, precision=HIGHEST), ()  # IJ,JD->ID
+
+        own = items(x, factor, groups, axes), side
+        return sweep(visit, own, own, dx, (), plan.tile, axes, shards)[0]
+
+    return on_mesh(local, plan.mesh, x, groups, side, dx, _factor(x, plan), scalars=(scale,))
