@@ -84,6 +84,21 @@ def moco_objective(**overrides) -> ConfigDict:
     return c2l_objective(**{**own, **overrides})
 
 
+def byol_objective(**overrides) -> ConfigDict:
+    """BYOL's objective (arXiv 2006.07733, section 3)."""
+    return ConfigDict(
+        {
+            "name": "byol",
+            "momentum": 0.996,
+            "momentum_schedule": "cosine",
+            "momentum_steps": 0,  # of the whole run
+            "head_hidden": 4096,
+            "head_dim": 256,
+            **overrides,
+        }
+    )
+
+
 def momentum_sgd(lr: float, milestones: tuple = ()) -> ConfigDict:
     """MoCo's and C2L's SGD: momentum .9, weight decay 1e-4, x0.1 at the milestones or a cosine."""
     config = optimizer("sgd", lr, lr_scaling="none", weight_decay=1e-4, warmup_steps=0)

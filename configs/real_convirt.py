@@ -4,9 +4,9 @@
 
 DATA/cxr_covid and DATA/cxr_nih are prepared, and DATA/minilm and DATA/tokeniser made, as
 docs/results.md says: the tower is MiniLM's BERT of six layers. Cases are patients; a row is one of
-a patient's films and a sentence of its note. Three seeds. Hours: 0.3 on 2 CPU cores. Expected
-metric: see docs/results.md. Network, image size and number of steps are what two cores finish, and
-a hundred patients are few; values marked U are ours.
+a patient's films and a sentence of its note. Three seeds. Hours: 0.3 on 2 CPU cores.
+Expected metric: see docs/results.md. Network, image size and number of steps are what two cores
+finish, and a hundred patients are few; values marked U are ours.
 """
 
 from configs import common

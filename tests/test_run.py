@@ -109,6 +109,43 @@ def test_killed_at_any_moment_and_run_again_is_bit_equal(tmp_path, cache, uninte
     assert "restarted" in events
 
 
+@pytest.mark.parametrize("name", ["c2l", "convirt"])
+def test_queue_teacher_plateau_and_texts_go_on_bit_equal_after_a_kill(tmp_path, cache, name):
+    """All that an objective, a schedule or a sentence's draw depends on is in the state."""
+    flags = (
+        f"--config.stage.{name}.steps={STEPS}", "--config.evaluate=()", "--config.optim.patience=1"
+    )  # fmt: skip
+
+    def start(workdir):
+        return subprocess.Popen(
+            command(workdir, cache, *flags, config=f"configs/{name}.py:smoke"),
+            cwd=REPO, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(whole)
+    said = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, said
+    process = start(killed)
+    file = pathlib.Path(f"01_{name}") / "metrics.jsonl"
+    while not any(line["step"] >= 9 for line in metrics.read_jsonl(killed / file)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process = start(killed)
+    said = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, said
+    assert (killed / file).read_bytes() == (whole / file).read_bytes()
+    got, want = (
+        checkpoint.load_flat(folder / f"01_{name}" / "checkpoints")[0] for folder in (killed, whole)
+    )
+    expected = "extra/queue/keys" if name == "c2l" else "waited"
+    assert any(expected in leaf for leaf in want)
+    for leaf in want:
+        np.testing.assert_array_equal(got[leaf], want[leaf], err_msg=leaf)
+
+
 def test_sigterm_saves_and_exits_75_and_goes_on(tmp_path, cache, uninterrupted):
     process = start_until(tmp_path, cache, 2)
     process.send_signal(signal.SIGTERM)

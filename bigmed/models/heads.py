@@ -82,6 +82,29 @@ class BiasedHead(nn.Module):
         return x.astype(jnp.float32), [*layers, x.astype(jnp.float32)]
 
 
+class NormedHead(nn.Module):
+    """BYOL's projector and predictor: dense, batch norm, ReLU, dense (arXiv 2006.07733, 3.3).
+
+    Attributes:
+      hidden_dim, out_dim: widths of the two layers.
+      dtype: of the matrix products; outputs, parameters and statistics are float32.
+    """
+
+    hidden_dim: int = 4096
+    out_dim: int = 256
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, list[jax.Array]]:
+        """[B, D] -> (z [B, out_dim] float32, layers), as `ProjectionHead`."""
+        layers = [x.astype(jnp.float32)]
+        x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="dense1")(x)
+        x = nn.relu(BatchNorm(name="norm1")(x, train=train))
+        layers.append(x.astype(jnp.float32))
+        x = nn.Dense(self.out_dim, use_bias=False, dtype=self.dtype, name="dense2")(x)
+        return x.astype(jnp.float32), [*layers, x.astype(jnp.float32)]
+
+
 class PlainHead(nn.Module):
     """A projection of dense layers with ReLU between them, without biases or norms.
 
