@@ -255,7 +255,8 @@ def _handed_over(
     source = stage.config.init_from
     if source.weights or source.text_weights:
         weights, origin = _foreign(stage)
-        carried = tuple({f"(params|batch_stats)/{name.split('/')[1]}/.*" for name in weights})
+        modules = dict.fromkeys(name.split("/")[1] for name in weights)
+        carried = tuple(f"(params|batch_stats)/{module}/.*" for module in modules)
     elif source.checkpoints or source.stage:
         folder, step = pathlib.Path(source.checkpoints), None
         if source.stage:

@@ -183,7 +183,13 @@ def fresh(stage: Stage, weights: Mapping[str, np.ndarray], load: Any, skip: Any)
             return new
         return jax.make_array_from_callback(old.shape, old.sharding, lambda index: new[index])
 
-    return state.replace(**jax.tree.map(place, merged, carried))
+    state = state.replace(**jax.tree.map(place, merged, carried))
+
+    def follow(state: TrainState) -> TrainState:
+        stats, extra = stage.objective.handed_over(state.params, state.batch_stats, state.extra)
+        return state.replace(batch_stats=stats, extra=extra)
+
+    return jax.jit(follow, out_shardings=shardings(stage.abstract))(state)
 
 
 def run_stage(

@@ -1,4 +1,7 @@
-"""The objective's loss on held-out images while a stage trains, and the best weights by it."""
+"""The objective's loss on held-out images while a stage trains, and the best weights by it.
+
+Labels are left out: what a schedule or a choice of weights sees must not come from them.
+"""
 
 import pathlib
 from collections.abc import Mapping
@@ -8,7 +11,7 @@ import jax
 import numpy as np
 
 from bigmed import checkpoint, optim, sharding
-from bigmed.data import sources
+from bigmed.data import schema, sources
 from bigmed.data.pipeline import Pipeline
 from bigmed.errors import UserError
 from bigmed.state import TrainState, shardings, stream
@@ -56,14 +59,15 @@ class Validation:
                 sources.check_disjoint(source, held_out)
         self._num_batches = -(-self._pipeline.units_per_epoch // batch_size)
         self._rows = sharding.batch_sharding(mesh)
-        self._optim = config.optim
+        self._labels = (batch_size // num_blocks, len(training.class_names))
 
         def loss(state: TrainState, batch: Mapping[str, Any], number: jax.Array) -> Any:
             key = stream(jax.random.key(SEED), "validate", number)
             value, aux = objective.loss(
                 state.params, state.batch_stats, state.extra, batch, key, False
             )
-            return {"loss": value, **aux["metrics"]}
+            found = {k: v for k, v in aux["metrics"].items() if not k.startswith("probe_")}
+            return {"loss": value, **found}
 
         def observe(state: TrainState, value: jax.Array) -> TrainState:
             return state.replace(opt_state=optim.observe(config.optim, state.opt_state, value))
@@ -78,7 +82,9 @@ class Validation:
         """The state as the schedule leaves it after this, and {'val_loss' and other metrics}."""
         found = []
         for number in range(self._num_batches):
-            batch = sharding.put_batch(self._pipeline.host_batch(number), self._rows)
+            rows = self._pipeline.host_batch(number)
+            rows["labels"] = np.full(self._labels, schema.MISSING, np.int32)
+            batch = sharding.put_batch(rows, self._rows)
             found.append(jax.device_get(self._loss(state, batch, np.int32(number))))
         values = {f"val_{name}": float(np.mean([f[name] for f in found])) for name in found[0]}
         return self._observe(state, np.float32(values["val_loss"])), values

@@ -9,12 +9,12 @@ from exactness import NoOptimiser, assert_same, evaluate, mesh_of
 from ml_collections import ConfigDict
 from test_objectives import DATA, make_batch
 
-from bigmed import losses, tree
+from bigmed import checkpoint, curriculum, losses, tree
 from bigmed.errors import UserError
 from bigmed.objectives import base, c2l, momentum
 from bigmed.state import make_init
 from bigmed.step import MicroBatches, make_train_step
-from configs import common
+from configs import common, quickstart
 
 SPEC = base.DataSpec(DATA.class_names, DATA.task, num_examples=1000)
 
@@ -201,6 +201,26 @@ def test_the_teacher_follows_the_updated_student_and_keeps_its_own_statistics():
     start = tree.flatten(before.batch_stats["backbone"])
     assert all(not np.array_equal(its[n], start[n]) for n in start)
     assert any(not np.array_equal(its[n], mine[n]) for n in start)
+
+
+def test_the_teacher_begins_as_the_student_that_was_handed_over(tmp_path):
+    config = quickstart.get_config("smoke")
+    config.model = {"name": "tiny_model:Model"}
+    config.augment.size = 24
+    config.evaluate = ()
+    config.stages = ("simclr", "c2l")
+    config.stage.c2l = common.stage(
+        steps=2, objective=common.c2l_objective(queue_size=64, momentum=1.0),
+        init_from=common.init_from(stage="simclr"),
+    )  # fmt: skip
+    curriculum.run(config.lock(), tmp_path, stop=lambda: False)
+    given, _ = checkpoint.load_flat(tmp_path / "00_simclr" / "checkpoints")
+    found, _ = checkpoint.load_flat(tmp_path / "01_c2l" / "checkpoints")
+    kernels = [n for n in given if n.startswith("params/backbone") and n.endswith("kernel")]
+    for name in kernels:  # with a momentum of 1 it stays where it began
+        teacher = name.replace("params/backbone", "extra/teacher/teacher_backbone")
+        np.testing.assert_array_equal(found[teacher], given[name], err_msg=name)
+    assert kernels
 
 
 def test_what_a_resumed_run_needs_is_in_the_state():

@@ -121,6 +121,16 @@ def test_mistakes_are_named(tmp_path, change, said):
         run(config, tmp_path)
 
 
+def test_held_out_data_of_other_classes_will_do_and_labels_are_not_looked_at(tmp_path):
+    config = config_of()
+    with config.unlocked():
+        config.data.source.held_out.classes = ("effusion",)
+    _, found = run(config, tmp_path)
+    (tmp_path / "same").mkdir()
+    _, same = run(config_of(), tmp_path / "same")
+    assert found == same
+
+
 def test_patients_of_the_training_data_are_refused(tmp_path):
     with pytest.raises(UserError, match="disjoint"):
         run(config_of(split="train"), tmp_path)

@@ -6,6 +6,7 @@ a batch, resuming needs the step alone, and the number of workers, threads or ho
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,8 @@ class Pipeline:
         self.tokeniser, self._texts = None, None
         if (config.get("text") or {}).get("tokeniser"):
             self._texts, self.tokeniser = texts.prepare(self.sources, config["text"])
-        of_sources = self._texts or [None] * len(self.sources)
+        own_texts = self._texts or []
+        of_sources = own_texts or [None] * len(self.sources)
         units = [_units(s, t, config) for s, t in zip(self.sources, of_sources, strict=True)]
         proportions = _proportions(config, units, batch_size, self.sources)
         self.units_per_epoch = sum(map(len, units))
@@ -92,7 +94,8 @@ class Pipeline:
             [(own.starts, own.members) for own in units],
             proportions,
             [seed, batch_size, pairs, config["canvas"], config["channels"]],
-            *([(t.settings.sentences, t.ids, t.starts, t.members) for t in self._texts or ()]),
+            self.tokeniser.fingerprint if self.tokeniser else None,
+            *([dataclasses.astuple(t.settings)[1:], t.ids, t.starts, t.members] for t in own_texts),
         )
         plan = Plan(
             units, proportions, seed=seed, batch_size=batch_size, rows=rows, pairs=pairs == "case"

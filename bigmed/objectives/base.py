@@ -15,6 +15,9 @@
                                'activations', whose names sort in the order of computation
   loss(params, batch_stats, extra, batch, key, train) -> (loss, aux): the three in a row
   after_update(params, extra, carry, step) -> extra
+  handed_over(params, batch_stats, extra)
+                               -> (batch_stats, extra): what follows from parameters and statistics
+                               that were taken from elsewhere
   predict_fns()                -> {name: f(state, batch) -> [B, D] float32}
   preprocessing()              what `predict_fns` do to an image
 
@@ -129,6 +132,11 @@ class Objective:
         """What the objective keeps beside its parameters after an update; here nothing."""
         del params, carry, step
         return extra
+
+    def handed_over(self, params: Any, batch_stats: Any, extra: Any) -> tuple[Any, Any]:
+        """What follows from weights that were taken from elsewhere; here nothing."""
+        del params
+        return batch_stats, extra
 
     def predict_fns(self) -> dict[str, Callable[[Any, Mapping[str, jax.Array]], jax.Array]]:
         """'encoder': the backbone's features of each row's first image, [B, D]."""

@@ -55,7 +55,7 @@ class Objective(base.Objective):
     """
 
     IMAGES_PER_EXAMPLE = (1, 2)
-    TRANSFER = ("params/(backbone|head|text|text_head)/.*", "batch_stats/backbone/.*")
+    TRANSFER = ("params/backbone/.*", "batch_stats/backbone/.*")
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)

@@ -28,7 +28,8 @@ class Objective(base.Objective):
     'cosine', a cosine from there to 1 over `momentum_steps`.
     """
 
-    TRANSFER = ("params/(backbone|head)/.*", "batch_stats/(backbone|head)/.*")
+    # heads differ among objectives; the teacher follows, see `handed_over`
+    TRANSFER = ("params/backbone/.*", "batch_stats/backbone/.*")
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)
@@ -52,6 +53,14 @@ class Objective(base.Objective):
         """(all batch statistics, the teacher's parameters): copies of the named modules'."""
         own = {teacher(name): stats[name] for name in names if name in stats}
         return {**stats, **own}, {teacher(name): params[name] for name in names}
+
+    def handed_over(self, params: Any, batch_stats: Any, extra: Any) -> tuple[Any, Any]:
+        """The teacher begins as the student that was handed over."""
+        names = [student(name) for name in extra["teacher"]]
+        stats, followers = self.with_teacher(params, batch_stats, *names)
+        # copies: the step is given the state's buffers, each once
+        copied = {name: jax.tree.map(jnp.copy, stats[name]) for name in followers if name in stats}
+        return {**stats, **copied}, {**extra, "teacher": jax.tree.map(jnp.copy, followers)}
 
     def move_teacher(self, params: Any, followers: Any, step: jax.Array) -> Any:
         """theta_t <- m theta_t + (1 - m) theta_s, with the student's updated parameters."""
