@@ -16,7 +16,7 @@ from bigmed import tiled
 from bigmed.sharding import BATCH_AXES
 
 # From so many logits a device on they are made in tiles. On two CPU cores (tools/bench_loss.py,
-# 2,048 and 4,096 rows of 128) tiles of 512 then take .61 to 1.07 of the time, smaller ones more.
+# 2,048 and 4,096 rows of 128) tiles of 512 then take .34 to .70 of the time.
 TILED_FROM = 2**22
 TILE = 512
 NORM_EPS = 1e-12
@@ -52,26 +52,30 @@ def ntxent(
 
     Args:
       z_a, z_b: [N, D] embeddings of the two views of N items, any float dtype.
-      temperature: divides the similarities.
+      temperature: divides the similarities; a number, so it gets no gradient.
       hidden_norm: whether the embeddings are divided by their norm first.
       reduction: 'mean' is the paper's loss, the mean over 2N anchors; 'sum' is the released code's,
         the sum of the two directional means, which is twice that.
       groups: optional [N] integers; items of one group other than the pair itself are no negatives
         of each other (several cases of one patient).
-      tile: rows and columns of a tile; 0: the whole matrix at once; None: as its size suggests.
+      tile: rows and columns of a tile, or the largest number below it that divides the rows of a
+        device; 0: the whole matrix at once; None: as its size suggests.
 
     Returns:
       `Contrast`; accuracy and entropy look at the a -> b block alone (N candidates), as the
       released code logs them.
+
+    Raises:
+      ValueError: shapes that differ, an unknown reduction or a negative tile.
     """
-    n = z_a.shape[0]
-    z_a, z_b = z_a.astype(jnp.float32), z_b.astype(jnp.float32)
-    factor = {"mean": 1.0, "sum": 2.0}[reduction]
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is neither 'mean' nor 'sum'")
+    z_a, z_b = _pairs(z_a, z_b)
+    n, factor, temperature = len(z_a), {"mean": 1.0, "sum": 2.0}[reduction], float(temperature)
     plan = _plan(n, tile, "none" if groups is None else "mask", hidden_norm)
     if plan:
-        groups = jnp.arange(n) if groups is None else groups
-        scale = jnp.asarray(1 / temperature, jnp.float32)
-        *rows, accuracy, entropy = tiled.ntxent(z_a, z_b, groups.astype(jnp.int32), scale, plan)
+        scale = _float(1 / temperature)
+        *rows, accuracy, entropy = tiled.ntxent(z_a, z_b, _ids(z_a, groups), scale, plan)
         rows = jnp.stack(rows)
         return Contrast(jnp.mean(rows) * factor, accuracy, entropy, rows)
     if hidden_norm:
@@ -128,9 +132,12 @@ def infonce(
 
     Returns:
       `Contrast`: the mean over the pairs; accuracy and entropy are those of v -> u.
+
+    Raises:
+      ValueError: shapes that differ, an unknown `duplicates` or one without ids, a negative tile.
     """
-    v, u = v.astype(jnp.float32), u.astype(jnp.float32)
-    plan = _plan(len(v), tile, duplicates if ids is not None else "none")
+    v, u = _pairs(v, u)
+    plan = _plan(len(v), tile, _known(duplicates, ids))
     if plan:
         *rows, accuracy, entropy = tiled.infonce(v, u, _ids(v, ids), _float(scale), plan)
         rows = jnp.stack(rows)
@@ -167,22 +174,27 @@ def sigmoid(
         positives.
 
     Returns:
-      `Contrast`: the sum over all combinations, divided by N; `rows` are those of v and of u.
+      `Contrast`: the sum over all combinations, divided by N; `rows` are those of v and of u,
+      without a gradient.
+
+    Raises:
+      ValueError: see `infonce`.
     """
-    v, u = v.astype(jnp.float32), u.astype(jnp.float32)
-    plan = _plan(len(v), tile, duplicates if ids is not None else "none")
+    v, u = _pairs(v, u)
+    plan = _plan(len(v), tile, _known(duplicates, ids))
     if plan:
-        found = tiled.sigmoid(v, u, _ids(v, ids), _float(scale), _float(bias), plan)
-        rows = jnp.stack(found[:2])
-        return Contrast(jnp.mean(rows[0]), *found[2:], rows)
+        loss, *rows, accuracy, entropy = tiled.sigmoid(
+            v, u, _ids(v, ids), _float(scale), _float(bias), plan
+        )
+        return Contrast(loss, accuracy, entropy, jnp.stack(rows))
     v, u = l2_normalize(v), l2_normalize(u)
     logits = _cosines(v, u) * scale + bias
     sign = jnp.where(_positives(len(v), ids, duplicates), 1.0, -1.0)
     terms = jax.nn.softplus(-sign * logits)
-    if duplicates == "mask" and ids is not None:
+    if duplicates == "mask":
         terms = jnp.where(_repeated(ids), 0.0, terms)
-    rows = jnp.stack([jnp.sum(terms, axis=1), jnp.sum(terms, axis=0)])
-    return Contrast(jnp.mean(rows[0]), *_diagnostics(_mask(logits, ids, duplicates)), rows)
+    rows = jax.lax.stop_gradient(jnp.stack([jnp.sum(terms, axis=1), jnp.sum(terms, axis=0)]))
+    return Contrast(jnp.sum(terms) / len(v), *_diagnostics(_mask(logits, ids, duplicates)), rows)
 
 
 def _plan(
@@ -192,6 +204,8 @@ def _plan(
 
     Rows that do not divide over the mesh, or into tiles of some size, are computed at once too.
     """
+    if tile is not None and tile < 0:
+        raise ValueError(f"tile={tile} is negative")
     mesh = jax.sharding.get_abstract_mesh()
     shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
     rows, rest = divmod(n, shards)
@@ -201,6 +215,21 @@ def _plan(
     if rest or not fitting or fitting[-1] < min(tile, rows) / 8:
         return None
     return tiled.Plan(fitting[-1], duplicates, mesh if shards > 1 else None, normalise)
+
+
+def _pairs(v: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both in float32."""
+    if v.shape != u.shape or v.ndim != 2:
+        raise ValueError(f"rows of {v.shape} and {u.shape} are no pairs; both are to be [N, D]")
+    return v.astype(jnp.float32), u.astype(jnp.float32)
+
+
+def _known(duplicates: str, ids: jax.Array | None) -> str:
+    if duplicates not in ("none", "mask", "multi"):
+        raise ValueError(f"duplicates={duplicates!r} is none of 'none', 'mask' and 'multi'")
+    if duplicates != "none" and ids is None:
+        raise ValueError(f"duplicates={duplicates!r} needs ids")
+    return duplicates
 
 
 def _ids(v: jax.Array, ids: jax.Array | None) -> jax.Array:
@@ -222,11 +251,11 @@ def _repeated(ids: jax.Array) -> jax.Array:
 
 def _positives(n: int, ids: jax.Array | None, duplicates: str) -> jax.Array:
     own = jnp.eye(n, dtype=bool)
-    return own | _repeated(ids) if duplicates == "multi" and ids is not None else own
+    return own | _repeated(ids) if duplicates == "multi" else own
 
 
 def _mask(logits: jax.Array, ids: jax.Array | None, duplicates: str) -> jax.Array:
-    if duplicates == "mask" and ids is not None:
+    if duplicates == "mask":
         return jnp.where(_repeated(ids), -jnp.inf, logits)
     return logits
 

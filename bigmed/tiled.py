@@ -46,7 +46,7 @@ class Sums(NamedTuple):
 
     Attributes:
       highest, total: of the logits, and the sum of exp(logit - highest).
-      weighted: the sum of exp(logit - highest) * logit.
+      weighted: the sum of exp(logit - highest) * (logit - highest).
       own: the logit of the item's own pair.
       best_other: the highest of all others.
       positives, count: sum and number of the positives' logits.
@@ -66,7 +66,7 @@ class Sums(NamedTuple):
 
     @property
     def entropy(self) -> jax.Array:
-        return self.log_sum - self.weighted / self.total
+        return jnp.log(self.total) - self.weighted / self.total
 
     @property
     def right(self) -> jax.Array:
@@ -82,12 +82,14 @@ def _no_sums(rows: int) -> Sums:
 def _add(sums: Sums, logits: jax.Array, own: jax.Array, positive: jax.Array, axis: int) -> Sums:
     """The sums after one more tile, along an axis of it."""
     highest = jnp.maximum(sums.highest, logits.max(axis))
-    shrink = jnp.exp(sums.highest - highest)
-    weights = jnp.exp(logits - jnp.expand_dims(highest, axis))
+    rise = sums.highest - highest  # at most 0
+    shrink = jnp.exp(rise)
+    below = logits - jnp.expand_dims(highest, axis)
+    weights = jnp.exp(below)
     return Sums(
         highest=highest,
         total=sums.total * shrink + weights.sum(axis),
-        weighted=sums.weighted * shrink + (weights * logits).sum(axis),
+        weighted=(sums.weighted + sums.total * rise) * shrink + (weights * below).sum(axis),
         own=sums.own + jnp.where(own, logits, 0.0).sum(axis),
         best_other=jnp.maximum(sums.best_other, jnp.where(own, NEVER, logits).max(axis)),
         positives=sums.positives + jnp.where(positive, logits, 0.0).sum(axis),
@@ -126,17 +128,17 @@ def _through_norm(x: jax.Array, gradient: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _sums_of_pairs(
-    v: jax.Array, u: jax.Array, ids: jax.Array, scale: Any, bias: Any, plan: Plan
+    v: jax.Array, u: jax.Array, ids: jax.Array, scale: Any, plan: Plan
 ) -> tuple[Sums, Sums]:
-    """The sums of all rows and columns of scale <v_i, u_j> + bias."""
+    """The sums of all rows and columns of scale <v_i, u_j>."""
 
     def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> tuple[Sums, Sums]:
         v, u, ids, *factors = arrays
-        scale, bias = scalars
+        (scale,) = scalars
 
         def visit(row: Items, col: Items, of_row: Sums, of_col: Sums) -> tuple[Sums, Sums]:
             own, positive, left_out = _relations(row, col, plan.duplicates)
-            logits = jnp.where(left_out, NEVER, scale * _dots(row, col) + bias)
+            logits = jnp.where(left_out, NEVER, scale * _dots(row, col))
             return _add(of_row, logits, own, positive, 1), _add(of_col, logits, own, positive, 0)
 
         row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
@@ -144,7 +146,7 @@ def _sums_of_pairs(
         return sweep(visit, row, col, *states, plan.tile, axes, shards)
 
     factors = _factor(v, plan), _factor(u, plan)
-    return on_mesh(local, plan.mesh, v, u, ids, *factors, scalars=(scale, bias))
+    return on_mesh(local, plan.mesh, v, u, ids, *factors, scalars=(scale,))
 
 
 class Side(NamedTuple):
@@ -212,7 +214,7 @@ def infonce(
 
 
 def _infonce_forward(v: Any, u: Any, ids: Any, scale: Any, plan: Plan) -> tuple[Any, Any]:
-    row, col = _sums_of_pairs(v, u, ids, scale, jnp.zeros(()), plan)
+    row, col = _sums_of_pairs(v, u, ids, scale, plan)
     losses = [side.log_sum - side.positives / side.count for side in (row, col)]
     found = (*losses, jnp.mean(row.right), jnp.mean(row.entropy))
     return found, (v, u, ids, scale, row.log_sum, row.count, col.log_sum, col.count)
@@ -232,67 +234,62 @@ infonce.defvjp(_infonce_forward, _infonce_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def sigmoid(
     v: jax.Array, u: jax.Array, ids: jax.Array, scale: jax.Array, bias: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(loss of each row [N], of each column [N], accuracy, entropy); the two sums are equal."""
-    return _sigmoid_forward(v, u, ids, scale, bias, plan)[0]
+) -> tuple[jax.Array, ...]:
+    """(loss, that of each row [N], of each column [N], accuracy, entropy) of v, u [N, D].
+
+    Only the first has a gradient, which is made beside it: unlike a softmax, a sigmoid's slope
+    needs nothing but its own logit.
+    """
+    return _sigmoid_sweep(v, u, ids, scale, bias, plan, sloped=False)[0]
 
 
-def _sigmoid_forward(
-    v: Any, u: Any, ids: Any, scale: Any, bias: Any, plan: Plan
-) -> tuple[Any, Any]:
-    row, _ = _sums_of_pairs(v, u, ids, scale, bias, plan)
+def _sigmoid_sweep(
+    v: Any, u: Any, ids: Any, scale: Any, bias: Any, plan: Plan, sloped: bool = True
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """What `sigmoid` returns, and, if `sloped`, its gradients by all of v, u, scale and bias."""
+    n = len(v)
 
     def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
         v, u, ids, *factors = arrays
         scale, bias = scalars
 
         def visit(row: Items, col: Items, of_row: Any, of_col: Any) -> tuple[Any, Any]:
-            _, positive, left_out = _relations(row, col, plan.duplicates)
-            logits = scale * _dots(row, col) + bias
-            terms = jax.nn.softplus(jnp.where(positive, -logits, logits))
-            terms = jnp.where(left_out, 0.0, terms)
-            return of_row + terms.sum(1), of_col + terms.sum(0)
-
-        states = fresh((jnp.zeros(len(v)), jnp.zeros(len(u))), axes)
-        both = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
-        return sweep(visit, *both, *states, plan.tile, axes, shards)
-
-    factors = _factor(v, plan), _factor(u, plan)
-    losses = on_mesh(local, plan.mesh, v, u, ids, *factors, scalars=(scale, bias))
-    return (*losses, jnp.mean(row.right), jnp.mean(row.entropy)), (v, u, ids, scale, bias)
-
-
-def _sigmoid_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
-    v, u, ids, scale, bias = kept
-
-    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
-        v, u, ids, of_row, of_col, *factors = arrays
-        scale, bias = scalars
-
-        def visit(row: Any, col: Any, row_state: Any, du: jax.Array) -> tuple[Any, jax.Array]:
-            (row, g_row), (col, g_col), (dv, dscale, dbias) = row, col, row_state
-            _, positive, left_out = _relations(row, col, plan.duplicates)
+            (sums, row_terms, of_row), (col_terms, du) = of_row, of_col
+            own, positive, left_out = _relations(row, col, plan.duplicates)
             dots = _dots(row, col)
-            logits = scale * dots + bias
-            slope = jax.nn.sigmoid(logits) - positive
-            g = jnp.where(left_out, 0.0, slope) * (g_row[:, None] + g_col[None, :])
-            (dv, dscale), du = _accumulate(g, dots, row, col, dv, dscale, du)
-            return (dv, dscale, dbias + jnp.sum(g, axis=1)), du
+            logits = jnp.where(left_out, NEVER, scale * dots + bias)
+            terms = jax.nn.softplus(jnp.where(positive, -logits, logits))  # 0 where left out
+            if sloped:
+                dv, dscale, dbias = of_row
+                g = (jax.nn.sigmoid(logits) - positive) / n
+                (dv, dscale), du = _accumulate(g, dots, row, col, dv, dscale, du)
+                of_row = dv, dscale, dbias + g.sum(1)
+            sums = _add(sums, logits, own, positive, 1)
+            return (sums, row_terms + terms.sum(1), of_row), (col_terms + terms.sum(0), du)
 
-        row = items(v, factors[0], ids, axes), of_row
-        col = items(u, factors[1], ids, axes), of_col
-        of_rows = jnp.zeros(v.shape), jnp.zeros(len(v)), jnp.zeros(len(v))
-        states = fresh((of_rows, jnp.zeros(u.shape)), axes)
-        (dv, dscale, dbias), du = sweep(visit, row, col, *states, plan.tile, axes, shards)
-        return dv, du, dscale, dbias
+        row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        zero = jnp.zeros(len(v))
+        slopes = ((jnp.zeros(v.shape), zero, zero), jnp.zeros(u.shape)) if sloped else ((), ())
+        states = fresh(((_no_sums(len(v)), zero, slopes[0]), (zero, slopes[1])), axes)
+        return sweep(visit, row, col, *states, plan.tile, axes, shards)
 
-    arrays = v, u, ids, cotangents[0], cotangents[1], _factor(v, plan), _factor(u, plan)
-    dv, du, dscale, dbias = on_mesh(local, plan.mesh, *arrays, scalars=(scale, bias))
+    arrays = v, u, ids, _factor(v, plan), _factor(u, plan)
+    found = on_mesh(local, plan.mesh, *arrays, scalars=(scale, bias))
+    (sums, of_rows, slopes), (of_columns, du) = found
+    found = jnp.mean(of_rows), of_rows, of_columns, jnp.mean(sums.right), jnp.mean(sums.entropy)
+    if not sloped:
+        return found, None
+    dv, dscale, dbias = slopes
     dv, du = (_through_norm(x, scale * dx, plan) for x, dx in ((v, dv), (u, du)))
-    return dv, du, None, jnp.sum(dscale), jnp.sum(dbias)
+    return found, (dv, du, jnp.sum(dscale), jnp.sum(dbias))
 
 
-sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
+def _sigmoid_backward(plan: Plan, slopes: Any, cotangents: Any) -> Any:
+    dv, du, dscale, dbias = (slope * cotangents[0] for slope in slopes)
+    return dv, du, None, dscale, dbias
+
+
+sigmoid.defvjp(_sigmoid_sweep, _sigmoid_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -308,9 +305,10 @@ def ntxent(
 
 
 def _ntxent_forward(a: Any, b: Any, groups: Any, scale: Any, plan: Plan) -> tuple[Any, Any]:
-    row, col = _sums_of_pairs(a, b, groups, scale, jnp.zeros(()), plan)
-    r_a = jnp.logaddexp(row.log_sum, _log_sums_within(a, groups, scale, plan))
-    r_b = jnp.logaddexp(col.log_sum, _log_sums_within(b, groups, scale, plan))
+    row, col = _sums_of_pairs(a, b, groups, scale, plan)
+    within_a = _log_sums_within(a, row.total, groups, scale, plan)
+    within_b = _log_sums_within(b, within_a, groups, scale, plan)
+    r_a, r_b = jnp.logaddexp(row.log_sum, within_a), jnp.logaddexp(col.log_sum, within_b)
     found = (r_a - row.own, r_b - col.own, jnp.mean(row.right), jnp.mean(row.entropy))
     return found, (a, b, groups, scale, r_a, r_b)
 
@@ -320,15 +318,22 @@ def _ntxent_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
     one = jnp.ones_like(r_a)
     sides = Side(r_a, one, cotangents[0]), Side(r_b, one, cotangents[1])
     da, db, _ = _gradients_of_pairs(a, b, groups, *sides, scale, plan)
-    # one after the other: side by side they would need the memory of both
-    da = _gradient_within(a, groups, sides[0], da, scale, plan)
-    da, db = lax.optimization_barrier((da, db))
-    db = _gradient_within(b, groups, sides[1], db, scale, plan)
+    da = _gradient_within(a, db[:, 0], groups, sides[0], da, scale, plan)
+    db = _gradient_within(b, da[:, 0], groups, sides[1], db, scale, plan)
     da, db = (_through_norm(x, scale * dx, plan) for x, dx in ((a, da), (b, db)))
     return da, db, None, jnp.zeros_like(scale)
 
 
 ntxent.defvjp(_ntxent_forward, _ntxent_backward)
+
+
+def _after(x: jax.Array, done: jax.Array) -> jax.Array:
+    """`x` [N, D], but only once `done` [N] is there.
+
+    Sweeps side by side would need the memory of all of them; compilers drop barriers too early to
+    prevent that, but not what x may depend on. (A row that is NaN there is lost anyway.)
+    """
+    return jnp.where(jnp.isnan(done)[:, None], jnp.nan, x)
 
 
 def _within(row: Items, col: Items, scale: Any, plan: Plan) -> jax.Array:
@@ -339,9 +344,13 @@ def _within(row: Items, col: Items, scale: Any, plan: Plan) -> jax.Array:
     return jnp.where(left_out, NEVER, scale * _dots(row, col))
 
 
-def _log_sums_within(x: jax.Array, groups: jax.Array, scale: Any, plan: Plan) -> jax.Array:
+def _log_sums_within(
+    x: jax.Array, done: jax.Array, groups: jax.Array, scale: Any, plan: Plan
+) -> jax.Array:
+    """[N], of each item's logits in `_within`, made after `done` [N]."""
+
     def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> jax.Array:
-        x, groups, factor = arrays
+        x, later, groups, factor = arrays
 
         def visit(row: Items, col: Items, state: Any, _: Any) -> tuple[Any, tuple]:
             logits = _within(row, col, scalars[0], plan)
@@ -349,21 +358,26 @@ def _log_sums_within(x: jax.Array, groups: jax.Array, scale: Any, plan: Plan) ->
             added = jnp.exp(logits - highest[:, None]).sum(1)
             return (highest, state[1] * jnp.exp(state[0] - highest) + added), ()
 
-        own = items(x, factor, groups, axes)
+        row, col = items(x, factor, groups, axes), items(later, factor, groups, axes)
         start = fresh((jnp.full(len(x), NEVER), jnp.zeros(len(x))), axes)
-        (highest, total), _ = sweep(visit, own, own, start, (), plan.tile, axes, shards)
+        (highest, total), _ = sweep(visit, row, col, start, (), plan.tile, axes, shards)
         return highest + jnp.log(total)
 
-    return on_mesh(local, plan.mesh, x, groups, _factor(x, plan), scalars=(scale,))
+    arrays = x, _after(x, done), groups, _factor(x, plan)
+    return on_mesh(local, plan.mesh, *arrays, scalars=(scale,))
 
 
 def _gradient_within(
-    x: jax.Array, groups: jax.Array, side: Side, dx: jax.Array, scale: Any, plan: Plan
-) -> jax.Array:
-    """Adds to `dx` both parts of an item, as anchor and as candidate; the logits are symmetric."""
+    x: jax.Array, done: jax.Array, groups: jax.Array, side: Side, dx: jax.Array, scale: Any,
+    plan: Plan,
+) -> jax.Array:  # fmt: skip
+    """Adds to `dx` both parts of an item, as anchor and as candidate, after `done` [N].
+
+    The logits of `_within` are symmetric, so both are sums over a row.
+    """
 
     def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> jax.Array:
-        x, groups, side, dx, factor = arrays
+        x, later, groups, side, dx, factor = arrays
 
         def visit(row: Any, col: Any, dx: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
             (row, of_row), (col, of_col) = row, col
@@ -372,7 +386,9 @@ def _gradient_within(
             g = g + of_col.gradient[None, :] * jnp.exp(logits - of_col.log_sum[None, :])
             return dx + jnp.einsum("ij,jd->id", g, col.vectors, precision=HIGHEST), ()  # IJ,JD->ID
 
-        own = items(x, factor, groups, axes), side
-        return sweep(visit, own, own, dx, (), plan.tile, axes, shards)[0]
+        row = items(x, factor, groups, axes), side
+        col = items(later, factor, groups, axes), side
+        return sweep(visit, row, col, dx, (), plan.tile, axes, shards)[0]
 
-    return on_mesh(local, plan.mesh, x, groups, side, dx, _factor(x, plan), scalars=(scale,))
+    arrays = x, _after(x, done), groups, side, dx, _factor(x, plan)
+    return on_mesh(local, plan.mesh, *arrays, scalars=(scale,))

@@ -49,36 +49,43 @@ def sweep(
     that are made for it are `fresh`.
     """
 
-    def split(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), tree)
+    def part(tree: Any, i: jax.Array) -> Any:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * tile, tile), tree)
 
-    def join(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    def put(tree: Any, i: jax.Array, new: Any) -> Any:
+        # in place: stacking a scan's outputs would hold every state twice
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * tile, 0), tree, new
+        )
 
-    rows = split(row)
-
-    def over_columns(row_state: Any, column: Any) -> tuple[Any, Any]:
-        col, col_state = column
-
-        def over_rows(col_state: Any, own: Any) -> tuple[Any, Any]:
-            row_state, col_state = visit(own[0], col, own[1], col_state)
-            return col_state, row_state
-
-        col_state, row_state = lax.scan(over_rows, col_state, (rows, row_state))
-        return row_state, col_state
+    rows, columns = (jnp.arange(len(jax.tree.leaves(x)[0]) // tile) for x in (row, col))
 
     def one_device(carry: Any, _: Any) -> tuple[Any, None]:
-        row_state, (col, col_state) = carry
-        row_state, col_state = lax.scan(over_columns, row_state, (split(col), split(col_state)))
-        travelling = (col, join(col_state))
+        row_state, col, col_state = carry
+
+        def over_columns(states: Any, j: jax.Array) -> tuple[Any, None]:
+            row_state, col_state = states
+            column = part(col, j)
+
+            def over_rows(states: Any, i: jax.Array) -> tuple[Any, None]:
+                row_state, of_column = states
+                new, of_column = visit(part(row, i), column, part(row_state, i), of_column)
+                return (put(row_state, i, new), of_column), None
+
+            (row_state, new), _ = lax.scan(over_rows, (row_state, part(col_state, j)), rows)
+            return (row_state, put(col_state, j, new)), None
+
+        (row_state, col_state), _ = lax.scan(over_columns, (row_state, col_state), columns)
         if shards > 1:
             ring = [(i, (i + 1) % shards) for i in range(shards)]
-            travelling = jax.tree.map(lambda x: lax.ppermute(x, axes, ring), travelling)
-        return (row_state, travelling), None
+            col, col_state = jax.tree.map(
+                lambda x: lax.ppermute(x, axes, ring), (col, col_state)
+            )
+        return (row_state, col, col_state), None
 
-    start = (split(row_state), (col, col_state))
-    (row_state, (_, col_state)), _ = lax.scan(one_device, start, None, length=shards)
-    return join(row_state), col_state
+    start = (row_state, col, col_state)
+    (row_state, _, col_state), _ = lax.scan(one_device, start, None, length=shards)
+    return row_state, col_state
 
 
 def fresh(state: Any, axes: Sequence[str]) -> Any:

@@ -100,6 +100,27 @@ def test_loss_and_gradient_equal_on_any_mesh(shape):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        (losses.ntxent, {"temperature": 0.1, "reduction": "max"}),
+        (losses.ntxent, {"temperature": 0.1, "tile": -1}),
+        (losses.infonce, {"scale": 1.0, "duplicates": "positive", "ids": np.arange(16)}),
+        (losses.sigmoid, {"scale": 1.0, "bias": 0.0, "duplicates": "multi"}),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(loss, settings):
+    with pytest.raises(ValueError, match="reduction|tile|duplicates"):
+        loss(*embeddings(), **settings)
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (5, 3)), ((4, 3, 1), (4, 3, 1))])
+def test_what_is_no_pairs_is_refused(shapes):
+    v, u = (np.ones(shape, np.float32) for shape in shapes)
+    with pytest.raises(ValueError, match="no pairs"):
+        losses.infonce(v, u, scale=1.0)
+
+
 def test_embedding_health_tells_collapse_from_spread():
     spread = losses.embedding_health(np.random.default_rng(0).normal(size=(4096, 32)))
     assert 0.95 < spread["feature_std"] < 1.05 and spread["effective_rank"] > 30
