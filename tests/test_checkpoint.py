@@ -1,16 +1,13 @@
 """Checkpoints: exact, on another mesh, torn ones noticed, other models refused."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from processes import run_two
 
 from bigmed import checkpoint, sharding, tree
 from bigmed.checkpoint import Checkpointer
@@ -183,10 +180,6 @@ def test_fingerprint_sees_bits_and_places_but_not_sharding():
 
 
 TWO_HOSTS = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import pathlib
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
@@ -194,7 +187,7 @@ from bigmed import checkpoint, sharding
 mesh = sharding.make_mesh({"data": 1, "fsdp": 2})
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
 state = {"w": jax.jit(lambda: jnp.arange(1 << 16, dtype=jnp.float32) ** 1.5, out_shardings=rows)()}
-folder = pathlib.Path(sys.argv[3])
+folder = pathlib.Path(sys.argv[1])
 saver = checkpoint.Checkpointer(folder)
 for step in (1, 2):
     saver.save(step, state, {})
@@ -215,19 +208,6 @@ print("restored", meta["step"])
 
 
 def test_a_checkpoint_torn_for_one_host_is_torn_for_all(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_HOSTS, address, str(i), str(tmp_path)],
-            cwd=REPO, env={**os.environ, "XLA_FLAGS": ""}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    for i, process in enumerate(processes):
-        out, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+    for i, out in enumerate(run_two(TWO_HOSTS, tmp_path)):
         assert "checkpoint 2" in out and out.splitlines()[-1] == "restored 1"
         assert ("another process cannot read it" in out) == (i == 0)

@@ -3,9 +3,6 @@
 import itertools
 import json
 import logging
-import socket
-import subprocess
-import sys
 import types
 
 import cv2
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_two
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -612,12 +610,9 @@ def test_linear_and_knn_on_a_stored_data_set(stored, mesh8, tmp_path):
 
 
 TWO_PROCESSES = """
-import sys, types
-import jax, numpy as np
-port, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+import types
+import numpy as np
+rank, folder = jax.process_index(), sys.argv[1]
 from bigmed import sharding
 from bigmed.evaluators import features, knn, linear
 
@@ -652,19 +647,6 @@ print("whole")
 
 
 def test_the_feature_pass_and_the_probes_work_in_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", TWO_PROCESSES, port]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=-1, stderr=-1, text=True)
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for out, err in outputs:
-        assert out.rstrip().endswith("whole"), err[-2000:]
+    for out in run_two(TWO_PROCESSES, tmp_path, devices=2):
+        assert out.rstrip().endswith("whole")
     assert len(list(tmp_path.iterdir())) == 1
