@@ -64,10 +64,10 @@ def parse(argv: list[str]) -> pathlib.Path:
     """
     try:
         rest = flags.FLAGS(argv)
-    except KeyError as error:
-        raise errors.UserError(f"the config has no such key: {error}") from error
+        if CONFIG.value is not None:
+            CONFIG.value.keys()  # a file that did not load raises only when it is used
     except Exception as error:  # absl, the config flag and a config's own code raise what they like
-        raise errors.UserError(" ".join(str(error).split())) from error
+        raise errors.UserError(_in_one_line(error)) from error
     if len(rest) > 1:
         raise errors.UserError(f"'{rest[1]}' is no flag; flags begin with --")
     given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -83,6 +83,15 @@ def parse(argv: list[str]) -> pathlib.Path:
     if not os.access(workdir, os.W_OK):
         raise errors.UserError(f"--workdir {workdir} cannot be written to")
     return workdir
+
+
+def _in_one_line(error: Exception) -> str:
+    if error.args and isinstance(error.args[0], KeyError):  # a KeyError shows its argument's repr
+        return f"the config has no such key: {' '.join(error.args[0].args[0].split())}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    if any(line.startswith("Traceback") for line in lines):  # of the config's code, after the flag
+        lines = [lines[0].split(": ")[0] + ":", lines[-1].removeprefix("ValueError: ")]
+    return " ".join(line for line in lines if line)
 
 
 def _catch_signals() -> Callable[[], bool]:

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,8 +11,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILE
 from jax.experimental import multihost_utils
+from processes import finish, start_two
 
 from bigmed import checkpoint, metrics, train
 
@@ -39,7 +38,7 @@ def environment(devices=1):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(REPO / "tests"),
     }
 
@@ -193,43 +192,32 @@ def test_continues_on_another_number_of_devices(tmp_path, cache, slow):
     assert_losses_agree(tmp_path, slow)
 
 
-def start_two(workdir, cache, *flags):
+def start_twice(workdir, cache, *flags):
     """The command as two processes of one run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = (*TRAIN_ONLY, "--distributed", f"--coordinator=127.0.0.1:{port}", *flags)
-    return [
-        subprocess.Popen(
-            command(workdir, cache, *flags, "--num_processes=2", f"--process_id={i}"),
-            cwd=REPO, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
 
+    def one(port, number):
+        own = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+        return command(workdir, cache, *TRAIN_ONLY, *flags, *own, f"--process_id={number}")
 
-def wait_for_two(processes, returncode):
-    for process in processes:
-        said = process.communicate(timeout=280)[1]
-        assert process.returncode == returncode, said
+    return start_two(one, environment())
 
 
 @pytest.mark.parametrize("axis", ["data", "tensor"])
 def test_two_processes_train_as_one(tmp_path, cache, slow, axis):
     """Also where the processes share every row, because the tensor axis spans them."""
     mesh = ("--config.mesh.data=1", "--config.mesh.tensor=2") if axis == "tensor" else ()
-    wait_for_two(start_two(tmp_path, cache, *SLOW, *mesh), 0)
+    finish(start_twice(tmp_path, cache, *SLOW, *mesh))
     assert_losses_agree(tmp_path, slow)
 
 
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path, cache):
-    processes = start_two(tmp_path, cache, "--config.stage.simclr.steps=100000")
+    processes = start_twice(tmp_path, cache, "--config.stage.simclr.steps=100000")
     deadline = time.monotonic() + 240
     while not metrics.read_jsonl(tmp_path / STAGE / "metrics.jsonl"):
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
-    wait_for_two(processes, 75)
+    finish(processes, 75)
     assert len(list((tmp_path / STAGE / "checkpoints").iterdir())) >= 1
 
 
@@ -283,6 +271,8 @@ def test_a_nan_rolls_back_by_policy_and_leaves_the_batch_out(tmp_path, cache):
         (["--config.data.batch_sise=3"], "batch_size"),
         (["--config.data.batch_size=many"], "many"),
         (["--confg=x"], "confg"),
+        (["--config=configs/simclr.py:smoky"], "'smoky': valid: smoke"),
+        (["--config=configs/simclar.py"], "No such file or directory: 'configs/simclar.py'"),
         (["--config.stages=('simclr','mickle')"], "'mickle'"),
         (["--config.data.batch_size=7"], "config.data.batch_size=7 does not divide"),
         (["--config.micro_batch.count=3"], "in 3 micro-batches does not divide"),
