@@ -114,7 +114,7 @@ def infonce(
     *,
     scale: jax.Array | float,
     weight: float = 0.5,
-    ids: jax.Array | None = None,
+    ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     duplicates: str = "none",
     tile: int | None = None,
 ) -> Contrast:
@@ -124,7 +124,8 @@ def infonce(
       v, u: [N, D] of two kinds; row i of one belongs to row i of the other.
       scale: 1 / temperature, of the cosine similarities.
       weight: of the direction v -> u, in which v picks its u; 1 - weight is that of the other.
-      ids: [N] int32, equal for pairs that say the same (a hash of their text).
+      ids: [N] int32, equal for pairs that say the same (a hash of their text); or two of them, of
+        v and of u, where both are texts.
       duplicates: what equal ids make of two different pairs: 'none', negatives of each other;
         'mask', neither negatives nor positives; 'multi', positives, whose log-probabilities are
         averaged.
@@ -139,7 +140,7 @@ def infonce(
     v, u = _pairs(v, u)
     plan = _plan(len(v), tile, _known(duplicates, ids))
     if plan:
-        *rows, accuracy, entropy = tiled.infonce(v, u, _ids(v, ids), _float(scale), plan)
+        *rows, accuracy, entropy = tiled.infonce(v, u, _both(v, ids), _float(scale), plan)
         rows = jnp.stack(rows)
         loss = weight * jnp.mean(rows[0]) + (1 - weight) * jnp.mean(rows[1])
         return Contrast(loss, accuracy, entropy, rows)
@@ -162,7 +163,7 @@ def sigmoid(
     *,
     scale: jax.Array | float,
     bias: jax.Array | float,
-    ids: jax.Array | None = None,
+    ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     duplicates: str = "none",
     tile: int | None = None,
 ) -> Contrast:
@@ -184,7 +185,7 @@ def sigmoid(
     plan = _plan(len(v), tile, _known(duplicates, ids))
     if plan:
         loss, *rows, accuracy, entropy = tiled.sigmoid(
-            v, u, _ids(v, ids), _float(scale), _float(bias), plan
+            v, u, _both(v, ids), _float(scale), _float(bias), plan
         )
         return Contrast(loss, accuracy, entropy, jnp.stack(rows))
     v, u = l2_normalize(v), l2_normalize(u)
@@ -202,7 +203,8 @@ def _plan(
 ) -> tiled.Plan | None:
     """How to compute N x N pairs in tiles; None to compute them at once.
 
-    Rows that do not divide over the mesh, or into tiles of some size, are computed at once too.
+    Rows that do not divide over the mesh, or into tiles of at least an eighth of what was asked
+    for, are computed at once too.
     """
     if tile is not None and tile < 0:
         raise ValueError(f"tile={tile} is negative")
@@ -224,7 +226,7 @@ def _pairs(v: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     return v.astype(jnp.float32), u.astype(jnp.float32)
 
 
-def _known(duplicates: str, ids: jax.Array | None) -> str:
+def _known(duplicates: str, ids: Any) -> str:
     if duplicates not in ("none", "mask", "multi"):
         raise ValueError(f"duplicates={duplicates!r} is none of 'none', 'mask' and 'multi'")
     if duplicates != "none" and ids is None:
@@ -236,6 +238,11 @@ def _ids(v: jax.Array, ids: jax.Array | None) -> jax.Array:
     return jnp.arange(len(v), dtype=jnp.int32) if ids is None else ids.astype(jnp.int32)
 
 
+def _both(v: jax.Array, ids: Any) -> tuple[jax.Array, jax.Array]:
+    """The ids of v and of u."""
+    return tuple(_ids(v, x) for x in (ids if isinstance(ids, tuple) else (ids, ids)))
+
+
 def _float(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
@@ -244,17 +251,18 @@ def _cosines(v: jax.Array, u: jax.Array) -> jax.Array:
     return jnp.einsum("nd,md->nm", v, u, precision=HIGHEST)  # ND,MD->NM
 
 
-def _repeated(ids: jax.Array) -> jax.Array:
+def _repeated(ids: Any) -> jax.Array:
     """[N, N], where two different pairs have equal ids."""
-    return (ids[:, None] == ids[None, :]) & ~jnp.eye(len(ids), dtype=bool)
+    of_v, of_u = ids if isinstance(ids, tuple) else (ids, ids)
+    return (of_v[:, None] == of_u[None, :]) & ~jnp.eye(len(of_v), dtype=bool)
 
 
-def _positives(n: int, ids: jax.Array | None, duplicates: str) -> jax.Array:
+def _positives(n: int, ids: Any, duplicates: str) -> jax.Array:
     own = jnp.eye(n, dtype=bool)
     return own | _repeated(ids) if duplicates == "multi" else own
 
 
-def _mask(logits: jax.Array, ids: jax.Array | None, duplicates: str) -> jax.Array:
+def _mask(logits: jax.Array, ids: Any, duplicates: str) -> jax.Array:
     if duplicates == "mask":
         return jnp.where(_repeated(ids), -jnp.inf, logits)
     return logits

@@ -2,9 +2,10 @@
 
 The similarities of N rows with N columns are computed in tiles, twice: once for the sums that the
 loss needs, with a running maximum (an online log-sum-exp), and once for the gradient, which those
-sums determine. So memory is that of the rows and one tile, in both passes. Over a mesh each device
-keeps its rows while the columns travel round a ring, with what is summed up for them, so that N^2
-products are made once and shared by both directions of a loss.
+sums determine; once for both with sigmoids, which need no sums. So memory is that of the rows and
+one tile, in both passes. Over a mesh each device keeps its rows while the columns travel round a
+ring, with what is summed up for them, so that N^2 products are made once and shared by both
+directions of a loss.
 
 The gradients are written by hand (`jax.custom_vjp`) around `shard_map`, never through it. Accuracy
 and entropy come from the same sums and carry no gradient. Everything is float32.
@@ -22,6 +23,8 @@ from bigmed.tiles import Items, fresh, items, on_mesh, sweep
 HIGHEST = lax.Precision.HIGHEST
 NORM_EPS = 1e-12
 NEVER = -1e30  # a logit that takes no part; finite, so that no infinity is subtracted from another
+
+Ids = tuple[jax.Array, jax.Array]  # int32 [N], of the rows and of the columns
 
 
 class Plan(NamedTuple):
@@ -128,7 +131,7 @@ def _through_norm(x: jax.Array, gradient: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _sums_of_pairs(
-    v: jax.Array, u: jax.Array, ids: jax.Array, scale: Any, plan: Plan
+    v: jax.Array, u: jax.Array, ids: Ids, scale: Any, plan: Plan
 ) -> tuple[Sums, Sums]:
     """The sums of all rows and columns of scale <v_i, u_j>."""
 
@@ -141,7 +144,7 @@ def _sums_of_pairs(
             logits = jnp.where(left_out, NEVER, scale * _dots(row, col))
             return _add(of_row, logits, own, positive, 1), _add(of_col, logits, own, positive, 0)
 
-        row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        row, col = items(v, factors[0], ids[0], axes), items(u, factors[1], ids[1], axes)
         states = fresh((_no_sums(len(v)), _no_sums(len(u))), axes)
         return sweep(visit, row, col, *states, plan.tile, axes, shards)
 
@@ -159,7 +162,7 @@ class Side(NamedTuple):
 
 
 def _gradients_of_pairs(
-    v: jax.Array, u: jax.Array, ids: jax.Array, of_row: Side, of_col: Side, scale: Any, plan: Plan
+    v: jax.Array, u: jax.Array, ids: Ids, of_row: Side, of_col: Side, scale: Any, plan: Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dv, du, dscale [N], to be summed) of sum_i g_i (r_i - p_i) + sum_j g_j (c_j - p_j).
 
@@ -183,7 +186,7 @@ def _gradients_of_pairs(
             )
             return _accumulate(g, dots, row, col, dv, dscale, du)
 
-        row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        row, col = items(v, factors[0], ids[0], axes), items(u, factors[1], ids[1], axes)
         states = fresh(((jnp.zeros(v.shape), jnp.zeros(len(v))), jnp.zeros(u.shape)), axes)
         (dv, dscale), du = sweep(
             visit, (row, of_row), (col, of_col), *states, plan.tile, axes, shards
@@ -207,7 +210,7 @@ def _accumulate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def infonce(
-    v: jax.Array, u: jax.Array, ids: jax.Array, scale: jax.Array, plan: Plan
+    v: jax.Array, u: jax.Array, ids: Ids, scale: jax.Array, plan: Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(loss of each row [N], of each column [N], accuracy, entropy) of v, u [N, D]."""
     return _infonce_forward(v, u, ids, scale, plan)[0]
@@ -233,7 +236,7 @@ infonce.defvjp(_infonce_forward, _infonce_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def sigmoid(
-    v: jax.Array, u: jax.Array, ids: jax.Array, scale: jax.Array, bias: jax.Array, plan: Plan
+    v: jax.Array, u: jax.Array, ids: Ids, scale: jax.Array, bias: jax.Array, plan: Plan
 ) -> tuple[jax.Array, ...]:
     """(loss, that of each row [N], of each column [N], accuracy, entropy) of v, u [N, D].
 
@@ -267,7 +270,7 @@ def _sigmoid_sweep(
             sums = _add(sums, logits, own, positive, 1)
             return (sums, row_terms + terms.sum(1), of_row), (col_terms + terms.sum(0), du)
 
-        row, col = items(v, factors[0], ids, axes), items(u, factors[1], ids, axes)
+        row, col = items(v, factors[0], ids[0], axes), items(u, factors[1], ids[1], axes)
         zero = jnp.zeros(len(v))
         slopes = ((jnp.zeros(v.shape), zero, zero), jnp.zeros(u.shape)) if sloped else ((), ())
         states = fresh(((_no_sums(len(v)), zero, slopes[0]), (zero, slopes[1])), axes)
@@ -305,7 +308,7 @@ def ntxent(
 
 
 def _ntxent_forward(a: Any, b: Any, groups: Any, scale: Any, plan: Plan) -> tuple[Any, Any]:
-    row, col = _sums_of_pairs(a, b, groups, scale, plan)
+    row, col = _sums_of_pairs(a, b, (groups, groups), scale, plan)
     within_a = _log_sums_within(a, row.total, groups, scale, plan)
     within_b = _log_sums_within(b, within_a, groups, scale, plan)
     r_a, r_b = jnp.logaddexp(row.log_sum, within_a), jnp.logaddexp(col.log_sum, within_b)
@@ -317,7 +320,7 @@ def _ntxent_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
     a, b, groups, scale, r_a, r_b = kept
     one = jnp.ones_like(r_a)
     sides = Side(r_a, one, cotangents[0]), Side(r_b, one, cotangents[1])
-    da, db, _ = _gradients_of_pairs(a, b, groups, *sides, scale, plan)
+    da, db, _ = _gradients_of_pairs(a, b, (groups, groups), *sides, scale, plan)
     da = _gradient_within(a, db[:, 0], groups, sides[0], da, scale, plan)
     db = _gradient_within(b, da[:, 0], groups, sides[1], db, scale, plan)
     da, db = (_through_norm(x, scale * dx, plan) for x, dx in ((a, da), (b, db)))

@@ -38,11 +38,12 @@ def infonce(v, u, scale, weight, ids, duplicates):
     taken = own | ~equal if duplicates == "mask" else np.ones_like(own)
     positive = (own | equal if duplicates == "multi" else own).astype(float)
 
-    def direction(logits):
+    def direction(logits, taken, positive):
         chosen = np.sum(logits * positive, axis=1) / np.sum(positive, axis=1)
         return np.mean(_log_sum(logits, taken) - chosen)
 
-    return weight * direction(logits) + (1 - weight) * direction(logits.T)
+    there, back = direction(logits, taken, positive), direction(logits.T, taken.T, positive.T)
+    return weight * there + (1 - weight) * back
 
 
 def sigmoid(v, u, scale, bias, ids, duplicates):
@@ -54,7 +55,8 @@ def sigmoid(v, u, scale, bias, ids, duplicates):
 
 
 def _equal(ids):
-    return ids[:, None] == ids
+    of_v, of_u = ids if isinstance(ids, tuple) else (ids, ids)
+    return of_v[:, None] == of_u
 
 
 def value_and_grad(loss, weights):

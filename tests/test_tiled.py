@@ -1,22 +1,18 @@
 """Losses in tiles: float64's numbers, on any mesh, and the dense ones', in less memory."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pair_oracle
 import pytest
 from exactness import mesh_of, relative_difference
+from processes import run_two
 
 from bigmed import losses, sharding
 
 N, D = 24, 8
 GROUPS = np.arange(N, dtype=np.int32) * 5 % 7  # of 3 or 4 items each, on several devices
+OF_U = np.arange(N, dtype=np.int32) * 3 % 8  # where v and u have ids of their own
 
 
 def encoder(seed=0, n=N):
@@ -45,6 +41,12 @@ CASES = {
             v, u, scale=jnp.exp(w["log_scale"]), weight=0.75, ids=ids, duplicates=d, **k
         )
         for d in ("none", "mask", "multi")
+    },
+    **{
+        f"infonce_{d}_each": lambda v, u, w, ids, d=d, **k: losses.infonce(
+            v, u, scale=jnp.exp(w["log_scale"]), weight=0.75, ids=(ids, OF_U), duplicates=d, **k
+        )
+        for d in ("mask", "multi")
     },
     **{
         f"sigmoid_{d}": lambda v, u, w, ids, d=d, **k: losses.sigmoid(
@@ -82,13 +84,14 @@ def run(name, data, tile, mesh=None):
 def oracle(name, data):
     """(loss, gradients by the encoder's weights) in float64."""
     x, y, weights = data
-    kind, _, option = name.partition("_")
+    kind, _, option = name.removesuffix("_each").partition("_")
+    ids = (GROUPS, OF_U) if name.endswith("_each") else GROUPS
 
     def loss(w):
         v, u = x.astype(np.float64) @ w["v"], y.astype(np.float64) @ w["u"]
         scale = np.exp(w["log_scale"])
         if kind == "infonce":
-            return pair_oracle.infonce(v, u, scale, 0.75, GROUPS, option)
+            return pair_oracle.infonce(v, u, scale, 0.75, ids, option)
         if kind == "sigmoid":
             return pair_oracle.sigmoid(v, u, scale, w["bias"], GROUPS, option)
         if option == "raw":
@@ -154,21 +157,31 @@ def test_large_scales_stay_finite_and_accurate(name, scale):
         assert relative_difference(got[1], gradients) < scale * 2**-24
 
 
-def test_rows_of_zeros_and_items_without_negatives():
+def test_rows_too_short_to_normalise_and_rows_of_zeros():
     v, u = np.random.default_rng(0).normal(size=(2, 16, 4)).astype(np.float32)
-    v[3] = 0
-    for name in ("infonce_mask", "sigmoid_none", "ntxent_groups"):
+    v[3], v[5] = 0, v[5] * 1e-7
 
-        def loss(v, tile, name=name):
-            one_group = jnp.zeros(16, jnp.int32)
-            weights = {"log_scale": 0.0, "bias": 0.0}
-            return CASES[name](v, u, weights, one_group, tile=tile).loss
+    def loss(v, tile):
+        return losses.infonce(v, u, scale=5.0, tile=tile).loss
 
-        got, want = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(v, t) for t in (4, 0))
-        np.testing.assert_allclose(got[0], want[0], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6 * np.abs(want[1]).max())
-        if name != "sigmoid_none":  # nothing but the pair itself is left
-            np.testing.assert_allclose(got[0], 0, atol=1e-6)
+    got, want = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(v, t) for t in (4, 0))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    for of_one, of_row in zip(got[1], want[1], strict=True):
+        np.testing.assert_allclose(of_one, of_row, atol=2e-6 * np.abs(of_row).max())
+
+
+@pytest.mark.parametrize("name", ["infonce_mask", "ntxent_groups"])
+def test_items_of_one_group_have_nothing_to_tell_apart(name):
+    v, u = np.random.default_rng(0).normal(size=(2, 16, 4)).astype(np.float32)
+
+    def loss(v, tile):
+        weights, one_group = {"log_scale": 0.0}, jnp.zeros(16, jnp.int32)
+        return CASES[name](v, u, weights, one_group, tile=tile).loss
+
+    for tile in (0, 4):
+        value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(v, tile)
+        np.testing.assert_allclose(value, 0, atol=1e-6)
+        np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
 def test_collapsed_embeddings_are_never_right():
@@ -214,32 +227,16 @@ def test_memory_is_small_and_linear_in_the_batch(name):
 
 IN_TWO_PROCESSES = ("ntxent_groups", "infonce_multi", "sigmoid_mask")
 CHILD = """
-import sys, jax
-jax.config.update("jax_platforms", "cpu")
-jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
 import numpy, test_tiled
 mesh = test_tiled.sharding.make_mesh({"data": 2})
 for name in test_tiled.IN_TWO_PROCESSES:
     *values, gradients = test_tiled.run(name, test_tiled.encoder(), 8, mesh)
-    numpy.savez(f"{name}_{sys.argv[2]}.npz", values=values, **gradients)
+    numpy.savez(f"{sys.argv[1]}/{name}_{jax.process_index()}.npz", values=values, **gradients)
 """
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = pathlib.Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "JAX_NUM_CPU_DEVICES": "1"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(port), str(i)],
-            env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    said = [child.communicate(timeout=180)[1] for child in children]
-    assert all(child.returncode == 0 for child in children), said[0][-2000:]
+    run_two(CHILD, tmp_path)
     for name in IN_TWO_PROCESSES:
         *values, gradients = run(name, encoder(), tile=8)
         for i in range(2):
