@@ -250,7 +250,7 @@ def _handed_over(
 ) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any] | None]:
     """(weights, load patterns, skip patterns, lineage) of a stage's `init_from`.
 
-    Without patterns, what the objective calls worth carrying is taken.
+    Without patterns, what the objective calls worth carrying is taken, where the source has it.
     """
     source = stage.config.init_from
     if source.weights or source.text_weights:
@@ -275,8 +275,12 @@ def _handed_over(
         {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
     )
     load = tuple(source.load) or tuple(
-        pattern for pattern in carried if any(tree.matches((pattern,), name) for name in here)
+        pattern
+        for pattern in carried
+        if all(any(tree.matches((pattern,), name) for name in names) for names in (here, weights))
     )
+    if not load:
+        raise UserError(f"init_from: {origin} has no weights that this objective carries over")
     lineage = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
     lineage |= {"naming": source.naming} if source.naming else {}
     return weights, load, tuple(source.skip), lineage
@@ -341,7 +345,7 @@ def _foreign_encoder(stage: train.Stage, path: pathlib.Path) -> Any:
 def _evaluator(
     name: str, config: ConfigDict, stage: train.Stage, workdir: pathlib.Path, hash_key: bytes
 ) -> Any:
-    """One evaluator of a stage, its data checked: no test patient may be among those trained on."""
+    """One evaluator of a stage: no patient of its test may be in what its weights saw."""
     settings = dict(_fill_places(config.evaluator[name], config.data_root, workdir))
     evaluator_class = resolve(settings.pop("name", name), "bigmed.evaluators", "Evaluator")
     representation = settings.pop("representation", "encoder")
@@ -353,7 +357,8 @@ def _evaluator(
         )
     if stage.total_steps and "test" in settings:
         test = sources.open_source(settings["test"])
-        for source in stage.pipeline.sources:
+        held_out = stage.validation.pipeline.sources if stage.validation else ()
+        for source in (*stage.pipeline.sources, *held_out):
             sources.check_disjoint(source, test)
     try:
         return evaluator_class(

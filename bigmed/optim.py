@@ -66,7 +66,10 @@ def make_schedule(
             f"config.optim: milestones={milestones} are fractions of the stage, decay={decay} is "
             f"above 0 and at most 1, patience={config['patience']} is 1 or more"
         )
-    falls = {round(m * total_steps) - warmup: decay for m in milestones}
+    falls: dict[int, float] = {}
+    for milestone in milestones:  # of a short stage two may meet
+        step = round(milestone * total_steps) - warmup
+        falls[step] = falls.get(step, 1.0) * decay
     after = {
         "cosine": optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1)),
         "constant": optax.constant_schedule(peak),

@@ -27,6 +27,16 @@ FREE_KEYS = (
     "evaluate.*",
     "evaluator/.*",
 )
+# What keys stand for in a run that is older than they are.
+INTRODUCED = {
+    "micro_batch/count": 1,
+    "micro_batch/batch_norm": "micro",
+    "optim/nesterov": True,
+    "optim/decay": 0.1,
+    "optim/patience": 5,
+    "validate/keep": "last",
+}
+OF_TEXTS = ("text_model/.*", "data/text/(?!tokeniser).*")  # without a tokeniser they do nothing
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -46,7 +56,8 @@ class Record:
     def weights_of(self, name: str, seed: int) -> pathlib.Path:
         """The checkpoint of an earlier stage, `<directory>/<folder>/<step>`, by its name."""
         stage = next(s for s in self._stages.values() if (s["name"], s["seed"]) == (name, seed))
-        return self._path.parent / stage["directory"] / stage["weights"]
+        weights = stage.get("weights", f"checkpoints/{stage.get('steps')}")  # before it was noted
+        return self._path.parent / stage["directory"] / weights
 
     def is_done(self, entry: Mapping[str, Any]) -> bool:
         """Whether a stage is trained and the checkpoint that stands for it is there."""
@@ -108,7 +119,10 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))["config"]
-    old, new = tree.flatten(before), tree.flatten(json.loads(config.to_json_best_effort()))
+    new = tree.flatten(json.loads(config.to_json_best_effort()))
+    since = {name: new[name] for name in new if tree.matches(OF_TEXTS, name)}
+    since |= {name: INTRODUCED[name] for name in new if name in INTRODUCED}
+    old = {**since, **tree.flatten(before)}
     changed = [
         f"config.{name.replace('/', '.')} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

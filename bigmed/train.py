@@ -89,11 +89,15 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
             f"image(s) a row but config.data.pairs={config.data.pairs!r} gives "
             f"{spec['image'].shape[1]}; valid: None for single images, 'case' for pairs"
         )
+    total_steps = stage_steps(config, pipeline.units_per_epoch)
     data = DataSpec(
-        pipeline.class_names, pipeline.task, pipeline.units_per_epoch, pipeline.tokeniser
+        class_names=pipeline.class_names,
+        task=pipeline.task,
+        num_examples=pipeline.units_per_epoch,
+        total_steps=total_steps,
+        tokeniser=pipeline.tokeniser,
     )
     objective = objective_class(config, data)
-    total_steps = stage_steps(config, pipeline.units_per_epoch)
     # The optimiser is made from shapes: the parameters themselves do not exist yet.
     params = jax.eval_shape(lambda: objective.init(jax.random.key(0), spec)[0])
     freeze = (*config.optim.freeze, *objective.FROZEN)
@@ -102,10 +106,10 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
     )
     init = make_init(objective, tx, spec, config.seed)
     abstract = abstract_state(init, mesh, objective.SHARDING)
-    validation = None
-    if config.validate.every or config.validate.sources:
+    validation, asked_for = None, config.validate.every or config.validate.sources
+    if total_steps and (asked_for or config.validate.keep != "last"):
         validation = Validation(config, objective, pipeline, mesh, abstract)
-    elif config.optim.schedule == "plateau" and total_steps:
+    elif total_steps and config.optim.schedule == "plateau":
         raise UserError(
             "config.optim.schedule='plateau' follows the validation loss; give "
             "config.validate.sources and .every"

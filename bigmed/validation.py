@@ -3,8 +3,9 @@
 Labels are left out: what a schedule or a choice of weights sees must not come from them.
 """
 
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,15 +25,15 @@ BEST = "best"  # folder of the stage
 class Validation:
     """Evaluates the loss on the same batches with the same draws every time.
 
-    All units of the held-out data are visited once, in batches as large as the training's, because
-    a contrastive loss depends on the batch size; units that were already visited fill up the last.
+    All units of the held-out data are visited, in batches as large as the training's, because a
+    contrastive loss depends on the batch size; the first units once more fill up the last batch.
 
     Config (`config.validate`): `sources`, names of `config.data.source`; `every` so many steps;
     `keep`, whether the stage's weights are the 'last' or the 'best', of the lowest loss.
 
     Raises:
-      UserError: an invalid value, fewer units than a batch, patients shared with the training data,
-        or a schedule that needs a validation where there is none.
+      UserError: an invalid value, fewer units than a batch, or patients shared with the training
+        data.
     """
 
     def __init__(self, config: Any, objective: Any, training: Pipeline, mesh: Any, abstract: Any):
@@ -47,17 +48,18 @@ class Validation:
         self.every, self._keep = settings.every, settings.keep
         block, num_blocks = sharding.host_block(mesh)
         batch_size = config.data.batch_size
-        self._pipeline = Pipeline(
+        self.pipeline = Pipeline(
             {**config.data, "sources": settings.sources},
             seed=SEED,
             batch_size=batch_size,
             block=block,
             num_blocks=num_blocks,
+            every_unit=True,
         )
-        for held_out in self._pipeline.sources:
+        for held_out in self.pipeline.sources:
             for source in training.sources:
                 sources.check_disjoint(source, held_out)
-        self._num_batches = -(-self._pipeline.units_per_epoch // batch_size)
+        self._num_batches = -(-self.pipeline.units_per_epoch // batch_size)
         self._rows = sharding.batch_sharding(mesh)
         self._labels = (batch_size // num_blocks, len(training.class_names))
 
@@ -82,7 +84,7 @@ class Validation:
         """The state as the schedule leaves it after this, and {'val_loss' and other metrics}."""
         found = []
         for number in range(self._num_batches):
-            rows = self._pipeline.host_batch(number)
+            rows = self.pipeline.host_batch(number)
             rows["labels"] = np.full(self._labels, schema.MISSING, np.int32)
             batch = sharding.put_batch(rows, self._rows)
             found.append(jax.device_get(self._loss(state, batch, np.int32(number))))
@@ -96,13 +98,20 @@ class Validation:
         if self._keep != "best" or not np.isfinite(value):
             return
         checkpointer = checkpoint.Checkpointer(directory / BEST, keep=1)
-        steps = checkpointer.steps()
-        best = np.inf
-        if steps:
-            best = checkpoint.read_meta(directory / BEST / str(steps[-1]))["val_loss"]
-        if value < best:
-            checkpointer.save(int(state.step), state, {**identity, "val_loss": value})
+        steps, step = checkpointer.steps(), int(state.step)
+        # The step is there where a resumed run comes by it again.
+        lower = step not in steps and value < _loss_of(directory / BEST, steps)
+        if sharding.everywhere(lower):
+            checkpointer.save(step, state, {**identity, "val_loss": value})
         checkpointer.close()
+
+
+def _loss_of(folder: pathlib.Path, steps: Sequence[int]) -> float:
+    """The validation loss of the last of the kept steps; infinite where none can be read."""
+    try:
+        return checkpoint.read_meta(folder / str(steps[-1]))["val_loss"] if steps else math.inf
+    except checkpoint.TornCheckpoint:
+        return math.inf
 
 
 def best_state(directory: pathlib.Path, abstract: TrainState) -> TrainState | None:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from bigmed import checkpoint, curriculum
+from bigmed.convert import weights
+from bigmed.data import tokenise
 from bigmed.errors import UserError
-from configs import common, quickstart
+from bigmed.models.catalogue import build
+from configs import common, convirt, quickstart
 
 
 def tiny(**overrides):
@@ -151,3 +154,130 @@ def test_other_settings_of_an_evaluator_are_evaluated_anew(tmp_path):
     second = json.loads((tmp_path / "results.json").read_text())
     assert {row["metric"] for row in first} > {row["metric"] for row in second}
     assert {row["metric"] for row in second} == {"auc_macro", *(f"auc/{c}" for c in CLASSES)}
+
+
+# -------------------------------------------------------------------------------------- two towers
+
+
+def with_texts(tmp_path, *stages):
+    """ConVIRT's smoke form with a tiny image encoder, of untrained stages of these settings."""
+    config = convirt.get_config("smoke")
+    config.model = {"name": "tiny_model:Model"}
+    config.augment.size = 24
+    config.update(evaluate=(), stages=tuple(f"stage{i}" for i in range(len(stages))))
+    config.validate.update(sources=(), every=0, keep="last")
+    config.stage = {
+        f"stage{i}": common.stage(steps=0, **settings) for i, settings in enumerate(stages)
+    }
+    curriculum.prepare_stage(config.lock(), "stage0", 0, tmp_path)  # makes the data set
+    return config.unlock()
+
+
+def foreign_folder(folder, model, seed, channels=1, normalize="none"):
+    """A folder as tools/import_weights.py makes it; its leaves by path."""
+    rng = np.random.default_rng(seed)
+    shapes = weights.abstract_leaves(build(model), 24, channels)
+    leaves = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in shapes.items()}
+    weights.save(weights.Weights(model, 24, channels, normalize, leaves), folder, {})
+    return leaves
+
+
+def tower_of(config, workdir, **changes):
+    """The model section of a config's text tower."""
+    section = {**config.text_model, **changes}
+    vocabulary = tokenise.load(workdir / "data" / "phantom" / "vocab.txt").vocab_size
+    return {**section, "vocab_size": vocabulary}
+
+
+def trained_by(workdir, stage):
+    return checkpoint.load_flat(workdir / stage / "checkpoints", ("(params|batch_stats)/.*",))[0]
+
+
+def test_both_towers_come_from_elsewhere_and_go_on_to_the_next_stage(tmp_path):
+    sources = {name: str(tmp_path / name) for name in ("weights", "text_weights")}
+    config = with_texts(
+        tmp_path,
+        {"init_from": common.init_from(**sources)},
+        {"init_from": common.init_from(stage="stage0")},
+    )
+    model = {"name": "tiny_model:Model", "variant": "mu/8"}
+    # how the tower is used is no matter of its weights
+    tower = tower_of(config, tmp_path, pool="mean", train_after_layer=-1)
+    normalize = config.augment.normalize
+    given = {
+        "backbone": foreign_folder(tmp_path / "weights", model, 0, normalize=normalize),
+        "text": foreign_folder(tmp_path / "text_weights", tower, 1),
+    }
+    curriculum.run(config.lock(), tmp_path, stop=lambda: False)
+    for stage in ("00_stage0", "01_stage1"):
+        found = trained_by(tmp_path, stage)
+        for module, leaves in given.items():
+            for name, leaf in leaves.items():
+                collection, _, rest = name.partition("/")
+                np.testing.assert_array_equal(found[f"{collection}/{module}/{rest}"], leaf)
+    said = json.loads((tmp_path / "curriculum.json").read_text())["stages"][0]["init_from"]
+    assert said["checkpoint"] == "weights and text_weights"
+
+
+def test_a_stage_without_texts_hands_over_the_image_encoder_alone(tmp_path):
+    images = {"objective": common.simclr_objective(), "optim": common.adamw(1e-3, warmup_steps=0)}
+    config = with_texts(
+        tmp_path,
+        images,
+        {"init_from": common.init_from(stage="stage0")},
+    )
+    curriculum.run(config.lock(), tmp_path, stop=lambda: False)
+    source, found = (trained_by(tmp_path, f"0{i}_stage{i}") for i in range(2))
+    shared = [name for name in source if name.split("/")[1] == "backbone"]
+    assert shared and not any("/text/" in name for name in source)
+    for name in shared:
+        np.testing.assert_array_equal(found[name], source[name], err_msg=name)
+    said = json.loads((tmp_path / "curriculum.json").read_text())["stages"][1]["init_from"]
+    assert not any("text" in pattern for pattern in said["load"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "said"),
+    [
+        ({}, {"width": 16}, "width=16 but config.text_model.width is 32"),
+        ({}, {"depth": 1}, "depth=1 but config.text_model.depth is 2"),
+        ({"objective": common.simclr_objective()}, {}, "'simclr' has no text tower"),
+    ],
+)
+def test_a_text_tower_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path, stage, changes, said
+):
+    init_from = common.init_from(text_weights=str(tmp_path / "tower"))
+    config = with_texts(tmp_path, {**stage, "init_from": init_from})
+    foreign_folder(tmp_path / "tower", tower_of(config, tmp_path, **changes), 0)
+    with pytest.raises(UserError, match=said):
+        curriculum.run(config.lock(), tmp_path, stop=lambda: False)
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_a_text_tower_beside_an_earlier_stage_is_refused(tmp_path):
+    both = common.init_from(stage="stage0", text_weights="tower")
+    config = with_texts(tmp_path, {}, {"init_from": both}).lock()
+    with pytest.raises(UserError, match="init_from has stage and text_weights; give one of"):
+        curriculum.run(config, tmp_path, stop=lambda: False)
+
+
+def test_a_run_of_an_older_version_goes_on_over_keys_that_it_did_not_have(tmp_path):
+    config = tiny(stages=("untrained",)).lock()
+    curriculum.run(config, tmp_path, stop=lambda: False)
+    path, stages = tmp_path / "config.json", tmp_path / "curriculum.json"
+    kept = json.loads(path.read_text())
+    for section, key in (
+        ("validate", "keep"), ("micro_batch", "count"), ("data", "text"), ("optim", "nesterov"),
+    ):  # fmt: skip
+        del kept["config"][section][key]
+    del kept["config"]["text_model"]
+    path.write_text(json.dumps(kept))
+    recorded = json.loads(stages.read_text())
+    assert recorded["stages"][0].pop("weights") == "checkpoints/0"
+    stages.write_text(json.dumps(recorded))
+    curriculum.run(config, tmp_path, stop=lambda: False)
+    with config.unlocked():
+        config.optim.nesterov = False
+    with pytest.raises(UserError, match="config.optim.nesterov was True and is False"):
+        curriculum.run(config, tmp_path, stop=lambda: False)

@@ -143,6 +143,8 @@ def test_the_rate_falls_by_steps_after_each_milestone():
         np.testing.assert_allclose(schedule(step), want, rtol=1e-6, err_msg=step)
     warm = optim.make_schedule({**config, "warmup_steps": 100}, batch_size=128, total_steps=1200)
     np.testing.assert_allclose([warm(599), warm(600)], [0.03, 0.003], rtol=1e-6)
+    short = optim.make_schedule(config, batch_size=128, total_steps=3)  # two of them meet
+    np.testing.assert_allclose(short(2), 3e-5, rtol=1e-6)
 
 
 def test_plateau_halves_the_rate_after_so_many_validations_without_a_decrease():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bigmed.data.pairs import (
+    EveryUnit,
     Plan,
     Units,
     epoch_order,
@@ -151,3 +152,21 @@ def test_mixed_sources_each_pass_through_all_their_units():
         for epoch in range(3):
             part = seen[number][epoch * size : (epoch + 1) * size]
             assert sorted(part) == list(range(size))
+
+
+@pytest.mark.parametrize("sizes", [(7,), (5, 9, 1)])
+def test_every_unit_of_all_sources_is_visited_once_a_round_and_none_twice_in_a_batch(sizes):
+    units, total = [Units.images(size) for size in sizes], sum(sizes)
+    plan = EveryUnit(units, (1,) * len(sizes), seed=3, batch_size=4, rows=slice(0, 4), pairs=False)
+    visited = []
+    for step in range(total):  # four rounds
+        source, records, _ = plan[step]
+        batch = list(zip(source.tolist(), records[:, 0].tolist(), strict=True))
+        assert len(set(batch)) == 4
+        visited += batch
+    everything = [(n, record) for n, size in enumerate(sizes) for record in range(size)]
+    for start in range(0, 4 * total, total):
+        assert sorted(visited[start : start + total]) == everything
+    assert visited[:total] != everything
+    half = EveryUnit(units, (1,) * len(sizes), seed=3, batch_size=4, rows=slice(2, 4), pairs=False)
+    np.testing.assert_array_equal(half[1][1], plan[1][1][2:])

@@ -37,32 +37,36 @@ def run(config, workdir, stop=lambda: False):
 
 
 def test_validation_is_the_objectives_loss_on_all_held_out_images(tmp_path):
-    stage_folder, found = run(config_of(), tmp_path)
+    config = config_of(keep="best")
+    stage_folder, found = run(config, tmp_path)
     assert list(found) == [2, 4, 6, 8]
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        made = curriculum.prepare_stage(config_of(), "simclr", 0, tmp_path)
+        made = curriculum.prepare_stage(config, "simclr", 0, tmp_path)
         stage = train.build_stage("00_simclr", made, stage_folder, mesh)
         state = train.restore(stage)
         again = [stage.validation.run(jax.tree.map(lambda x: x.copy(), state))[1] for _ in "ab"]
         assert again[0] == again[1] and "val_contrast_accuracy" in again[0]
         np.testing.assert_allclose(again[0]["val_loss"], found[8], rtol=1e-5)
-        before = {k: v for k, v in again[0].items() if k == "val_loss"}
         trained = stage.pipeline.host_batch(0)
         other = stage.objective.loss(
             state.params, state.batch_stats, state.extra, trained, jax.random.key(0), False
         )[0]
-    assert abs(float(other) - before["val_loss"]) > 1e-4  # other images
+        for loss in (-1.0, -2.0):  # a resumed run may find another rounding at a step it has kept
+            stage.validation.keep_if_best(state, loss, stage_folder, {})
+    assert checkpoint.load_flat(stage_folder / "best")[1]["val_loss"] == -1.0
+    pipeline = stage.validation.pipeline
+    batches = [pipeline.host_batch(n)["image"] for n in range(-(-pipeline.units_per_epoch // 16))]
+    images = {image.tobytes() for batch in batches for image in batch}
+    assert len(images) == pipeline.units_per_epoch and pipeline.units_per_epoch % 16
+    assert abs(float(other) - again[0]["val_loss"]) > 1e-4  # other images
 
 
 def test_the_best_weights_stand_for_the_stage(tmp_path):
     config = config_of(keep="best")
     with config.unlocked():
         config.stages = ("simclr", "copy")
-        config.stage.copy = common.stage(
-            steps=0, init_from=common.init_from(stage="simclr"),
-            validate={"sources": (), "every": 0, "keep": "last"},
-        )  # fmt: skip
+        config.stage.copy = common.stage(steps=0, init_from=common.init_from(stage="simclr"))
         config.evaluate = ("knn",)
     stage, found = run(config, tmp_path)
     best = min(found, key=found.get)
@@ -108,6 +112,7 @@ def test_a_plateau_halves_the_rate_and_goes_on_bit_equal_after_a_stop(tmp_path):
     [
         ({"validate": {"keep": "first"}}, "valid: last, best"),
         ({"validate": {"every": 0}}, "give both"),
+        ({"validate": {"sources": (), "every": 0, "keep": "best"}}, "give both"),
         ({"validate": {"sources": ("held_up",)}}, "did you mean 'held_out'"),
         ({"validate": {"sources": (), "every": 0}, "optim": {"schedule": "plateau"}}, "follows"),
         ({"data": {"batch_size": 400}}, "which has"),
@@ -134,3 +139,11 @@ def test_held_out_data_of_other_classes_will_do_and_labels_are_not_looked_at(tmp
 def test_patients_of_the_training_data_are_refused(tmp_path):
     with pytest.raises(UserError, match="disjoint"):
         run(config_of(split="train"), tmp_path)
+
+
+def test_patients_that_choose_the_weights_are_no_test_patients(tmp_path):
+    config = config_of(split="test")
+    with config.unlocked():
+        config.evaluate = ("knn",)
+    with pytest.raises(UserError, match="disjoint"):
+        run(config, tmp_path)

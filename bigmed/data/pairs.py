@@ -168,13 +168,7 @@ class Plan:
         """Of this host's rows: source number int64 [B], record numbers int64 [B, K], and the place
         in the endless stream of rows int64 [B], a number for each visit to a unit."""
         positions = step * self._batch_size + self._rows
-        if len(self._units) == 1:
-            source = np.zeros(len(positions), np.int64)
-            size = len(self._units[0])
-            epoch, batch = divmod(step, size // self._batch_size)
-            place = epoch * size + batch * self._batch_size + self._rows
-        else:
-            source, place = interleave(positions, self._proportions)
+        source, place = self._places(step, positions)
         records = np.empty((len(positions), 2 if self._pairs else 1), np.int64)
         for number, units in enumerate(self._units):
             mine = source == number
@@ -183,6 +177,15 @@ class Plan:
             drawn = units.draw_pair(unit, self._pair_keys[number], visits)
             records[mine] = drawn[:, : records.shape[1]]
         return source, records, positions
+
+    def _places(self, step: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position and its place in that source's stream of permutations."""
+        if len(self._units) > 1:
+            return interleave(positions, self._proportions)
+        size = len(self._units[0])
+        epoch, batch = divmod(step, size // self._batch_size)
+        place = epoch * size + batch * self._batch_size + self._rows
+        return np.zeros(len(positions), np.int64), place
 
     def _permuted(self, number: int, places: np.ndarray) -> np.ndarray:
         """The units at places of one source's endless stream of permutations."""
@@ -202,3 +205,18 @@ class Plan:
             self._orders[number] = {e: o for e, o in orders.items() if abs(e - epoch) == 1}
             self._orders[number][epoch] = order
         return order
+
+
+class EveryUnit(Plan):
+    """Batches that visit every unit of all sources once, in mixed order, then again, and so on.
+
+    What to measure a loss on: where the number of units is no multiple of the batch, a batch holds
+    the last of them and the first again. No batch of at most all units holds one twice.
+    """
+
+    def _places(self, step: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ends = np.cumsum([len(units) for units in self._units])
+        # always in the same order, so that the end of one round and the next one's start differ
+        unit = epoch_order(self._order_keys[0], 0, ends[-1])[positions % ends[-1]]
+        source = np.searchsorted(ends, unit, side="right")
+        return source, unit - np.concatenate([[0], ends])[source]

@@ -17,7 +17,7 @@ from absl import flags
 from bigmed.data import schema, texts
 from bigmed.data.decode import BatchDecoder, available_cores
 from bigmed.data.indexing import digest
-from bigmed.data.pairs import Plan, Units, hash64, integer_proportions
+from bigmed.data.pairs import EveryUnit, Plan, Units, hash64, integer_proportions
 from bigmed.data.sources import Source, open_source
 from bigmed.errors import UserError, did_you_mean
 
@@ -45,6 +45,7 @@ class Pipeline:
         batch_size: int,
         block: int = 0,
         num_blocks: int = 1,
+        every_unit: bool = False,
     ):
         """Opens the sources and plans the batches.
 
@@ -62,6 +63,7 @@ class Pipeline:
           block: which block of the rows this host makes, of `num_blocks` equal ones in order; what
             `jax.make_array_from_process_local_data` wants (`sharding.host_block`).
           num_blocks: usually the number of hosts.
+          every_unit: whether the batches visit all units in turn (`pairs.EveryUnit`), unweighted.
 
         Raises:
           UserError: a value that cannot work, or more units in a batch than there are.
@@ -97,7 +99,7 @@ class Pipeline:
             self.tokeniser.fingerprint if self.tokeniser else None,
             *([dataclasses.astuple(t.settings)[1:], t.ids, t.starts, t.members] for t in own_texts),
         )
-        plan = Plan(
+        plan = (EveryUnit if every_unit else Plan)(
             units, proportions, seed=seed, batch_size=batch_size, rows=rows, pairs=pairs == "case"
         )
         workers = int(config.get("workers") or 0)
@@ -262,7 +264,6 @@ class _Assemble:
         if self._evaluation:
             batch |= {"mask": records[:, 0] >= 0, "record": records[:, 0].astype(np.int32)}
         return batch
-
 
     def _draw_texts(self, source: np.ndarray, records: np.ndarray, visits: np.ndarray) -> Batch:
         settings, count = self._texts[0].settings, len(source)

@@ -50,12 +50,14 @@ class DataSpec:
       class_names: of the label columns; () without labels.
       task: 'single_label', 'multi_label' or 'none'.
       num_examples: how many units (images, or cases) an epoch has.
+      total_steps: of the stage.
       tokeniser: of the texts (`bigmed.data.tokenise.Tokeniser`), or None without.
     """
 
     class_names: tuple[str, ...] = ()
     task: str = "none"
     num_examples: int = 0
+    total_steps: int = 0
     tokeniser: Any = None
 
 
@@ -216,6 +218,13 @@ def apply(
         return y.astype(jnp.float32), batch_stats
     (y, _), mutated = module.apply(variables, x, train=True, mutable=["batch_stats"])
     return y.astype(jnp.float32), {**batch_stats, name: mutated["batch_stats"]}
+
+
+def check_widths(config: Mapping[str, Any], *names: str) -> None:
+    """Raises `UserError` unless the named keys of `config.objective` are 1 or more."""
+    for name in names:
+        if config[name] < 1:
+            raise UserError(f"config.objective.{name}={config[name]}: valid: 1 and more")
 
 
 def check_temperature(config: Mapping[str, Any]) -> None:
