@@ -2,7 +2,7 @@
 
 The order is that of SimCLR (arXiv 2002.05709, appendix A, and its code) with REMEDIS's additions in
 front and an affine map after the flip: equalise, rotate, crop and resize, flip, affine, colour
-jitter, grayscale, clip, blur, cutout.
+jitter, grayscale, clip, blur, solarise, cutout.
 
 Each example draws from its own key, the caller's folded with the example's global index, and every
 decision has a number of its own. So draws do not depend on how the batch is spread over devices,
@@ -22,31 +22,23 @@ from bigmed import image_ops
 from bigmed.errors import UserError, did_you_mean
 
 # Least and greatest valid value of each number.
+_PROBS = tuple(
+    f"{name}_prob"
+    for name in ("flip", "color", "grayscale", "blur", "solarize", "equalize", "cutout")
+)
 _RANGES = {
+    **dict.fromkeys(_PROBS, (0.0, 1.0)),
+    **dict.fromkeys(("crop_area_min", "crop_area_max"), (1e-4, 1.0)),
+    **dict.fromkeys(("crop_aspect_min", "crop_aspect_max"), (0.01, 100.0)),
+    **dict.fromkeys(("jitter_brightness", "jitter_contrast", "jitter_saturation"), (0.0, 0.8)),
+    **dict.fromkeys(("affine_scale_min", "affine_scale_max"), (0.1, 10.0)),
+    **dict.fromkeys(("blur_sigma_min", "blur_sigma_max"), (0.01, 100.0)),
+    **dict.fromkeys(("rotation_degrees", "affine_degrees"), (0.0, 180.0)),
     "size": (1, 8192),
-    "crop_area_min": (1e-4, 1.0),
-    "crop_area_max": (1e-4, 1.0),
-    "crop_aspect_min": (0.01, 100.0),
-    "crop_aspect_max": (0.01, 100.0),
     "crop_min_covered": (0.0, 1.0),
-    "flip_prob": (0.0, 1.0),
-    "color_prob": (0.0, 1.0),
     "color_strength": (0.0, 1.25),
-    "jitter_brightness": (0.0, 0.8),
-    "jitter_contrast": (0.0, 0.8),
-    "jitter_saturation": (0.0, 0.8),
     "jitter_hue": (0.0, 0.4),
-    "affine_degrees": (0.0, 180.0),
     "affine_shift": (0.0, 1.0),
-    "affine_scale_min": (0.1, 10.0),
-    "affine_scale_max": (0.1, 10.0),
-    "grayscale_prob": (0.0, 1.0),
-    "blur_prob": (0.0, 1.0),
-    "blur_sigma_min": (0.01, 100.0),
-    "blur_sigma_max": (0.01, 100.0),
-    "rotation_degrees": (0.0, 180.0),
-    "equalize_prob": (0.0, 1.0),
-    "cutout_prob": (0.0, 1.0),
     "cutout_size": (0.0, 1.0),
     "cutout_holes": (1, 100),
     "eval_crop": (0.01, 1.0),
@@ -111,6 +103,7 @@ class AugmentConfig:
     blur_sigma_min: float = 0.1  # in pixels of the output
     blur_sigma_max: float = 2.0
     blur_sigma_per: str = "batch"  # one sigma per view of the 'batch' (SimCLR's code) | 'image'
+    solarize_prob: float = 0.0
     rotation_degrees: float = 0.0  # uniform in [-this, this]
     equalize_prob: float = 0.0
     cutout_prob: float = 0.0
@@ -164,6 +157,11 @@ RECIPES = {
     "moco_v2": AugmentConfig(
         crop_area_min=0.2, jitter_brightness=0.4, jitter_contrast=0.4, jitter_saturation=0.4,
         jitter_hue=0.1, blur_sigma_per="image", normalize="imagenet",
+    ),
+    # BYOL's first view (arXiv 2006.07733, appendix B); the second: blur_prob .1, solarize_prob .2.
+    "byol": AugmentConfig(
+        jitter_brightness=0.4, jitter_contrast=0.4, jitter_saturation=0.2, jitter_hue=0.1,
+        blur_prob=1.0, blur_sigma_per="image", normalize="imagenet",
     ),
     # ConVIRT's (arXiv 2010.00747, section 3.1). U: that the crop's .6 to 1 is of the area, and that
     # every image is blurred, with a kernel of a tenth of the side.
@@ -287,7 +285,8 @@ def _view(
     crop = _crop(config, crop_key, box)
     image = _resize(config, image, crop, draw["flip"] < config.flip_prob)
 
-    if config.affine_degrees or config.affine_shift or config.affine_scale_max != 1:
+    scales = {config.affine_scale_min, config.affine_scale_max} != {1.0}
+    if config.affine_degrees or config.affine_shift or scales:
         image = _affine(config, jax.random.fold_in(key, 0), image)
     recolour = [_maybe_jitter, _maybe_grayscale]
     for change in recolour[::-1] if config.grayscale_first else recolour:
@@ -301,6 +300,9 @@ def _view(
         # an image that is not blurred is multiplied by the identity, which is exact
         matrix = jnp.where(draw["blur"] < config.blur_prob, blur, jnp.eye(config.size))
         image = jnp.clip(image_ops.separable(image, matrix), 0.0, 1.0)
+    if config.solarize_prob:
+        on = jax.random.uniform(jax.random.fold_in(key, 1)) < config.solarize_prob
+        image = jnp.where(on, jnp.where(image < 0.5, image, 1.0 - image), image)
     if config.cutout_prob and config.cutout_size:
         holed, fill = image, np.zeros(image.shape[1], np.float32)
         if config.cutout_fill == "mean":

@@ -207,11 +207,9 @@ def affine(
     surround of a radiograph, and unlike repeated edge pixels it draws no streaks.
 
     Args:
-      image: float [H, W, C].
-      box: int [4]. No pixel outside it is read, and the result is 0 there.
-      radians: float scalar.
+      image: float [H, W, C]. No pixel outside the box [4] is read; the result is 0 there.
+      radians, scale: float scalars; a scale above 1 enlarges.
       shift: down and to the right, in pixels.
-      scale: above 1 enlarges.
     """
     height, width, channels = image.shape
     top, left, box_height, box_width = box.astype(jnp.float32)

@@ -3,10 +3,10 @@
     python -m bigmed.main --config configs/byol.py --workdir DIR --config.data_root=FOLDER
 
 FOLDER/dataset is what tools/prepare_dataset.py made. LARS with lr 0.2 * batch / 256 and weight
-decay 1.5e-6, heads of 4096 and 256, a teacher's momentum that rises from .996 to 1. U: the paper's
-two views differ in the strength of blur and solarisation; here both are the recipe's. Hours: not
-measured on an accelerator yet. Expected metric: depends on the images. `:smoke` runs it on
-synthetic data in about a minute.
+decay 1.5e-6, heads of 4096 and 256, a teacher's momentum that rises from .996 to 1, the paper's two
+unlike views. U: the number of steps, and a batch of 512 (the paper's is 4096). Hours: not measured
+on an accelerator yet. Expected metric: depends on the images. `:smoke` runs it on synthetic data in
+about a minute.
 """
 
 from configs import common
@@ -16,9 +16,10 @@ STEPS = 100_000  # U
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))
-    config.objective = common.byol_objective(momentum_steps=STEPS)
+    config.augment = common.augmentation("byol", 224)
+    config.objective = common.byol_objective(second_view=common.BYOL_SECOND_VIEW)
     config.optim = common.lars(lr=0.2, warmup_steps=1000)
     config.optim.weight_decay = 1.5e-6
     config.stages = ("untrained", "byol")
@@ -27,5 +28,5 @@ def get_config(arg: str = ""):
     common.set_evaluators(config, "{data_root}/dataset")
     if arg == "smoke":
         config = common.smoke(config)
-        config.objective.update(head_hidden=32, head_dim=16, momentum_steps=6)
+        config.objective.update(head_hidden=32, head_dim=16)
     return config

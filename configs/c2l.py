@@ -16,7 +16,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` '120', '240', 'recommended', or 'smoke' for a few steps."""
-    config = common.base()
+    config = common.base(arg, "120", "240", "recommended")
     config.data.channels = 3  # grey images are repeated
     config.data.batch_size = 128
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))

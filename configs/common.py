@@ -49,6 +49,7 @@ def bert(**overrides) -> ConfigDict:
         "heads": 12,
         "mlp_dim": 3072,
         "pool": "max",
+        "pool_special": True,  # over [CLS] and [SEP] too
         "train_after_layer": 6,
         "dropout": 0.0,
         "remat": False,
@@ -69,7 +70,6 @@ def c2l_objective(**overrides) -> ConfigDict:
             "temperature": 0.07,
             "momentum": 0.999,
             "momentum_schedule": "constant",
-            "momentum_steps": 0,
             "head": "linear",  # or 'mlp'
             "head_dim": 128,
             "bn_groups": 1,
@@ -84,6 +84,10 @@ def moco_objective(**overrides) -> ConfigDict:
     return c2l_objective(**{**own, **overrides})
 
 
+# of BYOL's second view, unlike its first (arXiv 2006.07733, appendix B)
+BYOL_SECOND_VIEW = {"blur_prob": 0.1, "solarize_prob": 0.2}
+
+
 def byol_objective(**overrides) -> ConfigDict:
     """BYOL's objective (arXiv 2006.07733, section 3)."""
     return ConfigDict(
@@ -91,12 +95,19 @@ def byol_objective(**overrides) -> ConfigDict:
             "name": "byol",
             "momentum": 0.996,
             "momentum_schedule": "cosine",
-            "momentum_steps": 0,  # of the whole run
             "head_hidden": 4096,
             "head_dim": 256,
+            "second_view": {},  # what its augmentation has unlike `config.augment`
             **overrides,
         }
     )
+
+
+def moco_v3_objective(**overrides) -> ConfigDict:
+    """MoCo v3's objective for transformers (arXiv 2104.02057, section 4 and its code)."""
+    own = {"name": "moco_v3", "temperature": 0.2, "momentum": 0.99}
+    own |= {"head_layers": 3, "predictor_norm": True}
+    return byol_objective(**{**own, **overrides})
 
 
 def momentum_sgd(lr: float, milestones: tuple = ()) -> ConfigDict:
@@ -139,6 +150,7 @@ def augmentation(recipe: str, size: int) -> ConfigDict:
         "brightness": placeholder(str),
         "grayscale_prob": placeholder(float),
         "blur_prob": placeholder(float),
+        "solarize_prob": placeholder(float),
         "rotation_degrees": placeholder(float),
         "equalize_prob": placeholder(float),
         "cutout_prob": placeholder(float),
@@ -231,8 +243,23 @@ def init_from(stage: str = "", checkpoints: str = "", weights: str = "", **more)
     )
 
 
-def base() -> ConfigDict:
-    """Every key of a run; a config fills in data, stages and evaluators."""
+# of ChestX-ray14's classes, those that its 1,000 images of the real_* configs have enough of
+CXR_FINDINGS = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
+
+
+def base(arg: str = "", *valid: str) -> ConfigDict:
+    """Every key of a run; a config fills in data, stages and evaluators.
+
+    Args:
+      arg: what was given to the config behind a colon.
+      valid: what may be, beside nothing and 'smoke'.
+
+    Raises:
+      ValueError: it is none of these; `bigmed.main` makes a line of it.
+    """
+    valid = (*valid, "smoke")
+    if arg and arg not in valid:
+        raise ValueError(f"the config's argument '{arg}': valid: {', '.join(valid)}")
     config = ConfigDict()
     config.seeds = (0,)
     config.precision = "f32"

@@ -1,7 +1,7 @@
 """ConVIRT: images and their reports, contrasted in both directions (arXiv 2010.00747).
 
     python tools/import_weights.py --from huggingface --src ClinicalBERT --model clinicalbert \\
-        --normalize none --out FOLDER/clinicalbert
+        --out FOLDER/clinicalbert
     python tools/import_weights.py --from torchvision --src resnet50.safetensors --model resnet50 \\
         --normalize imagenet --out FOLDER/resnet50
     python -m bigmed.main --config configs/convirt.py --workdir DIR --config.data_root=FOLDER
@@ -19,7 +19,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'clip', 'siglip', or 'smoke' for a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg, "clip", "siglip")
     config.data.channels = 3  # grey images are repeated for the ImageNet stem
     config.data.batch_size = 32
     config.data.text = common.text("{data_root}/tokeniser")  # length 128: U
@@ -31,20 +31,23 @@ def get_config(arg: str = ""):
     config.augment = common.augmentation("convirt", 224)
     config.augment.normalize = "imagenet"  # U
     config.objective = common.convirt_objective()
-    config.init_from = common.init_from(
-        weights="{data_root}/resnet50", text_weights="{data_root}/clinicalbert"
-    )
     # validation every 5,000 steps; the rate halves after 5 without a decrease
     config.optim = common.optimizer(
         "adam", 1e-4, lr_scaling="none", weight_decay=1e-6, warmup_steps=0
     )
     config.optim.update(schedule="plateau", decay=0.5, patience=5)
+    # as torch.optim.Adam decays: all that is trained, biases and norms too
+    decayed, others = r"(?!probe/|logit_).*", r"(probe/|logit_).*"
+    config.optim.rules = ((decayed, "adapted"), (others, "plain"))
     config.validate.update(sources=("held_out",), every=5000, keep="best")
     config.stages = ("untrained", "convirt")
-    config.stage.untrained = common.stage(
-        steps=0, validate={"sources": (), "every": 0, "keep": "last"}
+    config.stage.untrained = common.stage(steps=0)
+    config.stage.convirt = common.stage(
+        steps=1_000_000,
+        init_from=common.init_from(
+            weights="{data_root}/resnet50", text_weights="{data_root}/clinicalbert"
+        ),
     )
-    config.stage.convirt = common.stage(steps=1_000_000)
     common.set_evaluators(config, "{data_root}/dataset")
     if arg == "clip":
         config.objective.update(temperature=0.07, learn_temperature=True, image_weight=0.5)
@@ -53,5 +56,5 @@ def get_config(arg: str = ""):
     if arg == "smoke":
         config = common.smoke_with_texts(config)
         config.objective.head_dim = 32
-        config.init_from = common.init_from()
+        config.stage.convirt.init_from = common.init_from()
     return config

@@ -14,7 +14,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for synthetic data and no given weights."""
-    config = common.base()
+    config = common.base(arg)
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))
     config.stages = ("untrained", "given")
     config.stage.untrained = common.stage(steps=0)

@@ -15,7 +15,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     config.data.channels = 3
     config.augment = common.augmentation("derm", 224)
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))

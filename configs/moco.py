@@ -14,7 +14,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'v1', 'v2', or 'smoke' for a few steps."""
-    config = common.base()
+    config = common.base(arg, "v1", "v2")
     config.data.channels = 3  # grey images are repeated
     config.data.batch_size = 256
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))

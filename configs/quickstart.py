@@ -12,7 +12,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps."""
-    config = common.base()
+    config = common.base(arg)
     common.use_phantom(config, num_patients=800, size=64)
     config.model = common.resnet(18)
     config.augment = common.augmentation("cxr", 48)

@@ -16,7 +16,7 @@ SOURCES = ("cxr_nih", "cxr_covid", "cxr_kermany", "cxr_actualmed")
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     config.seeds = (0, 1, 2)
     config.model = common.resnet(18)
     config.data.canvas = 128
@@ -33,8 +33,7 @@ def get_config(arg: str = ""):
     config.stage.untrained = common.stage(steps=0)
     config.stage.moco = common.stage(steps=400, objective={"losses": ("plain",)})
     config.stage.c2l = common.stage(steps=200)
-    findings = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
-    common.set_evaluators(config, "{data_root}/cxr_nih", classes=findings)
+    common.set_evaluators(config, "{data_root}/cxr_nih", classes=common.CXR_FINDINGS)
     if arg == "smoke":
         config = common.smoke(config)
         config.objective.queue_size = 64

@@ -11,12 +11,10 @@ finish, and a hundred patients are few; values marked U are ours.
 
 from configs import common
 
-NO_VALIDATION = {"sources": (), "every": 0, "keep": "last"}
-
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     config.seeds = (0, 1, 2)
     config.model = common.resnet(18)
     # MiniLM's shape; of its six layers the first three are frozen, as half of ConVIRT's
@@ -36,13 +34,12 @@ def get_config(arg: str = ""):
     config.validate.update(sources=("held_out",), every=10, keep="best")  # U
     config.checkpoint.every = 100
     config.stages = ("untrained", "scratch", "convirt")
-    config.stage.untrained = common.stage(steps=0, validate=NO_VALIDATION)
+    config.stage.untrained = common.stage(steps=0)
     config.stage.scratch = common.stage(steps=120, text_model={"train_after_layer": -1})
     config.stage.convirt = common.stage(
         steps=120, init_from=common.init_from(text_weights="{data_root}/minilm")
     )
-    findings = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
-    common.set_evaluators(config, "{data_root}/cxr_nih", classes=findings)
+    common.set_evaluators(config, "{data_root}/cxr_nih", classes=common.CXR_FINDINGS)
     if arg == "smoke":
         config = common.smoke_with_texts(config)
         config.stage.convirt.init_from = common.init_from(stage="scratch")

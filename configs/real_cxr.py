@@ -14,7 +14,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     config.seeds = (0, 1, 2)
     config.model = common.resnet(18)
     config.data.canvas = 128
@@ -30,12 +30,11 @@ def get_config(arg: str = ""):
     )
     common.set_micle_stages(config, simclr_steps=80, further_steps=40)
     nih, covid = "{data_root}/cxr_nih", "{data_root}/cxr_covid"
-    findings = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion")
     aetiology = ("covid19", "bacterial_pneumonia", "fungal_pneumonia")
     config.evaluate = ("linear", "knn", "linear_covid")
     config.evaluator = {
-        "linear": common.evaluator(nih, "linear", classes=findings),
-        "knn": common.evaluator(nih, "knn", classes=findings),
+        "linear": common.evaluator(nih, "linear", classes=common.CXR_FINDINGS),
+        "knn": common.evaluator(nih, "knn", classes=common.CXR_FINDINGS),
         "linear_covid": common.evaluator(covid, "linear", classes=aetiology),
     }
     return common.smoke(config) if arg == "smoke" else config

@@ -16,7 +16,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     config.seeds = (0, 1, 2)
     config.model = common.resnet(18)
     config.data.canvas = 128

@@ -13,7 +13,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """The config; `arg` 'smoke' for a run of a few steps on synthetic data."""
-    config = common.base()
+    config = common.base(arg)
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))
     # SimCLR v1 (arXiv 2002.05709, 2.3, B.1): LARS, 0.3*B/256, weight decay 1e-6, tau 0.1.
     config.optim = common.lars(lr=0.3, warmup_steps=100)

@@ -45,13 +45,21 @@ def evaluate(objective, batch, mesh, nudge=False, **micro):
             params=jax.tree.map(lambda x, s: x * (1 + s * ulp), state.params, sign)
         )
     shardings = sharding.tree_shardings(jax.eval_shape(init), mesh, objective.SHARDING)
+    block, num_blocks = sharding.host_block(mesh)
+    mine = {name: np.split(rows, num_blocks)[block] for name, rows in batch.items()}
+
+    def place(leaf, where):
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    def found(state, batch):
+        (loss, aux), grads = loss_and_grads(objective, state, batch, MicroBatches(**micro))
+        return loss, aux["metrics"], aux["batch_stats"], grads
+
     with jax.set_mesh(mesh):
-        state = jax.device_put(jax.device_get(state), shardings)
-        placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))
-        (loss, aux), grads = jax.jit(
-            lambda s, b: loss_and_grads(objective, s, b, MicroBatches(**micro))
-        )(state, placed)
-    return jax.device_get((loss, aux["metrics"], aux["batch_stats"], grads))
+        state = jax.tree.map(place, jax.device_get(state), shardings)
+        placed = sharding.put_batch(mine, sharding.batch_sharding(mesh))
+        found = jax.jit(found, out_shardings=sharding.replicated(mesh))
+        return jax.device_get(found(state, placed))
 
 
 def relative_difference(got, want):
@@ -70,6 +78,19 @@ def assert_same(got, want, nudged):
         if jax.tree.leaves(want[part]):
             allowed = max(1e-6, ROUNDINGS * relative_difference(nudged[part], want[part]))
             assert relative_difference(got[part], want[part]) <= allowed
+
+
+def assert_same_everywhere(objective, batch, meshes=((8, 1, 1), (2, 2, 2)), parts=()):
+    """On other meshes and in so many parts all is as on one device at once; returns the latter."""
+    one = mesh_of(1, 1, 1)
+    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
+    ways = [(mesh_of(*sizes), 1) for sizes in meshes] + [(one, count) for count in parts]
+    for mesh, count in ways:
+        got = evaluate(objective, batch, mesh, count=count)
+        assert_same(got, want, nudged)
+        for name, value in want[1].items():
+            np.testing.assert_allclose(got[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    return want
 
 
 def _relative(got, want):

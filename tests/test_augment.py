@@ -82,6 +82,58 @@ def test_recipes():
     assert (cxr.crop_area_min, cxr.flip_prob) == (0.08, 0.5)
 
 
+def test_recipes_with_other_jitter():
+    c2l, moco, convirt = (augment.RECIPES[name] for name in ("c2l", "moco_v2", "convirt"))
+
+    def jitter(recipe):
+        return tuple(
+            recipe.color_strength * getattr(recipe, f"jitter_{name}")
+            for name in ("brightness", "contrast", "saturation", "hue")
+        )
+
+    assert jitter(augment.RECIPES["natural"]) == (0.8, 0.8, 0.8, 0.2)
+    assert jitter(c2l) == (0.4, 0.4, 0.4, 0.4) and jitter(moco) == (0.4, 0.4, 0.4, 0.1)
+    assert jitter(convirt) == (0.4, 0.4, 0.0, 0.0)
+    assert [r.color_prob for r in (c2l, moco, convirt)] == [1.0, 0.8, 1.0]
+    assert [r.grayscale_prob for r in (c2l, moco, convirt)] == [0.2, 0.2, 0.0]
+    assert [r.blur_prob for r in (c2l, moco, convirt)] == [0.0, 0.5, 1.0]
+    assert [r.crop_area_min for r in (c2l, moco, convirt)] == [0.2, 0.2, 0.6]
+    assert [r.affine_degrees for r in (c2l, moco, convirt)] == [10.0, 0.0, 20.0]
+    assert (c2l.cutout_holes, round(c2l.cutout_size * 224)) == (3, 32)
+    assert (convirt.blur_sigma_min, convirt.blur_sigma_max) == (0.1, 3.0)
+    assert (convirt.affine_shift, convirt.affine_scale_min, convirt.affine_scale_max) == (
+        0.1, 0.95, 1.05
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "order"),
+    [
+        ("c2l", ["crop_and_resize", "affine", "grayscale", "color_jitter", "cutout"]),
+        ("convirt", ["crop_and_resize", "affine", "color_jitter", "separable"]),
+        ("byol", ["crop_and_resize", "color_jitter", "grayscale", "separable"]),
+    ],
+)
+def test_the_order_of_operations(recipe, order, monkeypatch):
+    called = []
+
+    def watch(name):
+        operation = getattr(image_ops, name)
+
+        def watched(*args, **kwargs):
+            called.append(name)
+            return operation(*args, **kwargs)
+
+        monkeypatch.setattr(image_ops, name, watched)
+
+    for name in ("crop_and_resize", "affine", "grayscale", "color_jitter", "separable", "cutout"):
+        watch(name)
+    config = dataclasses.replace(augment.RECIPES[recipe], size=32)
+    images, boxes, _ = batch(n=2)
+    jax.eval_shape(functools.partial(augment.augment, config), jax.random.key(0), images, boxes)
+    assert list(dict.fromkeys(called)) == order
+
+
 def test_a_config_overrides_its_recipe_where_it_is_not_none():
     config = ConfigDict({"recipe": "cxr", "size": 96, "rotation_degrees": 10.0})
     config.blur_prob = config_dict.placeholder(float)
@@ -227,6 +279,14 @@ def test_cutout_probability_and_hole():
     dark = (got == 0).sum(axis=(1, 2, 3))
     assert_probability(dark > 0, 0.3)
     assert set(dark) == {0, 1, 2, 4}  # two by two, also cut off by the border
+
+
+def test_solarize_probability():
+    got = views(np.array([[[0.2], [0.5]], [[0.7], [1.0]]]), solarize_prob=0.2)[..., 0]
+    inverted = got[:, 1, 1] == 0
+    assert_probability(inverted, 0.2)
+    want = np.array([[0.2, 0.5], [0.3, 0.0]], np.float32)  # what is below one half stays
+    np.testing.assert_allclose(got[inverted], np.broadcast_to(want, got[inverted].shape), atol=1e-6)
 
 
 def test_equalize_probability():
@@ -375,18 +435,20 @@ def test_affine_draws_are_uniform_and_independent(monkeypatch):
     ):
         assert_uniform(seen[:, column], low, high)
     assert np.abs(np.corrcoef(seen.T) - np.eye(4)).max() < 0.15
+    shrunk = views(np.zeros((4, 4, 1)), affine_scale_min=0.5, n=64)[:, 3, 0, 0]
+    assert_uniform((shrunk - 0.5) * 10, 0.5, 1.0)
 
 
 def test_c2ls_holes_are_exactly_zero_after_normalising():
     config = dataclasses.replace(augment.RECIPES["c2l"], size=42, affine_degrees=0.0)
     images = np.random.default_rng(0).integers(30, 226, (16, 48, 48, 3), dtype=np.uint8)
     boxes = np.tile([[0, 0, 48, 48]], (16, 1))
-    got = np.asarray(augment.augment(config, jax.random.key(0), images, boxes))
+    got = np.asarray(apply(config, jax.random.key(0), images, boxes))
     holes = (got == 0).all(axis=-1).sum(axis=(1, 2))
     assert (holes > 9).all() and (holes <= 3 * 6 * 6).all()  # 42 / 7 = 6 pixels a side
     whole = dataclasses.replace(config, cutout_prob=0.0)
-    outside = np.asarray(augment.augment(whole, jax.random.key(0), images, boxes))
-    np.testing.assert_array_equal(np.where(got == 0, 0, outside), got)
+    outside = np.asarray(apply(whole, jax.random.key(0), images, boxes))
+    np.testing.assert_allclose(np.where(got == 0, 0, outside), got, atol=1e-6)
 
 
 def test_each_jitter_has_its_own_reach():

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from bigmed import optim, sharding, tree
 from bigmed.convert import bert as convert
-from bigmed.convert import mapping
+from bigmed.convert import mapping, weights
 from bigmed.data import tokenise
 from bigmed.errors import UserError
 from bigmed.models import bert
@@ -240,6 +240,11 @@ def test_real_weights(minilm, source, request):
     # the sentence embedding that these weights were trained for; texts differ
     embedding = pooled["mean"] / np.linalg.norm(pooled["mean"], axis=1, keepdims=True)
     assert np.max((embedding @ embedding.T) - np.eye(4)) < 0.9
+
+
+def test_a_text_tower_is_imported_without_word_of_pixels(minilm):
+    found = weights.import_weights(minilm[0], "huggingface", normalize=None)
+    assert found.normalize == "none" and not found.fresh
 
 
 def real_texts(shared_data):

@@ -1,46 +1,72 @@
-"""BYOL: its loss, its teacher's schedule, the same on any mesh."""
+"""BYOL and MoCo v3: their losses, the teacher's schedule, two unlike views, any mesh, parts."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from exactness import NoOptimiser, assert_same, evaluate, mesh_of
+import pytest
+from exactness import NoOptimiser, assert_same_everywhere
 from ml_collections import ConfigDict
 from test_objectives import DATA, make_batch
 
-from bigmed import tree
-from bigmed.objectives import byol
+from bigmed import augment, optim, tree
+from bigmed.errors import UserError
+from bigmed.objectives import byol, moco_v3
 from bigmed.state import make_init
+from configs import byol as byol_config
 from configs import common
+from configs import moco_v3 as moco_v3_config
+
+SMALL = {"head_hidden": 32, "head_dim": 16}
+KINDS = {
+    "byol": (byol, common.byol_objective),
+    "moco_v3": (moco_v3, common.moco_v3_objective),
+}
 
 
-def make(model=None, **overrides):
+def make(kind, model=None, **overrides):
+    module, objective = KINDS[kind]
     config = common.base()
     config.model = model or ConfigDict({"name": "tiny_model:Model", "variant": "mu/16"})
     config.augment = common.augmentation("natural", 16)
+    config.augment.color_prob = 0.0  # compiles in half the time
     config.data.channels = 3
-    settings = {"head_hidden": 32, "head_dim": 16, "momentum_steps": 100, **overrides}
-    config.objective = common.byol_objective(**settings)
-    return byol.Objective(config.lock(), DATA)
+    config.objective = objective(**{**SMALL, **overrides})
+    return module.Objective(config.lock(), dataclasses.replace(DATA, total_steps=100))
 
 
-def test_the_loss_is_the_definition_in_float64():
-    objective, batch = make(), make_batch(1)
+def compared(objective, seed=0):
+    """(a fresh state, random features, the metrics that `compare` gives for them)."""
+    batch, rng = make_batch(1), np.random.default_rng(seed)
     state = jax.jit(make_init(objective, NoOptimiser, batch, seed=0))()
-    rng = np.random.default_rng(0)
     features = byol.Features(*rng.normal(size=(2, 16, 2, 64)).astype(np.float32))
     _, aux = objective.compare(
         state.params, state.batch_stats, state.extra, features, batch, jax.random.key(0), True
     )
+    return state, features, aux["metrics"]
+
+
+def float64(weights):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)
+
+
+def standardised(x):
+    return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_byols_loss_is_the_definition_in_float64():
+    state, features, metrics = compared(make("byol"))
 
     def head(weights, x):
-        w = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)
-        x = x @ w["dense1"]["kernel"] + w["dense1"]["bias"]
-        x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        w = float64(weights)
+        x = standardised(x @ w["dense1"]["kernel"] + w["dense1"]["bias"])
         x = np.maximum(x * w["norm1"]["scale"] + w["norm1"]["bias"], 0)
         return x @ w["dense2"]["kernel"]
-
-    def unit(x):
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     total = 0.0
     for view in range(2):
@@ -49,37 +75,105 @@ def test_the_loss_is_the_definition_in_float64():
         other = features.teacher[:, 1 - view].astype(np.float64)
         t = unit(head(state.extra["teacher"]["teacher_head"], other))
         total += np.mean(np.sum((p - t) ** 2, axis=1))
-    np.testing.assert_allclose(aux["metrics"]["prediction_loss"], total, rtol=1e-5)
+    np.testing.assert_allclose(metrics["prediction_loss"], total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "last_norm", "temperature"), [(3, True, 0.2), (2, False, 1.0)], ids=["vit", "resnet"]
+)
+def test_moco_v3s_loss_is_the_definition_in_float64(layers, last_norm, temperature):
+    state, features, metrics = compared(
+        make("moco_v3", head_layers=layers, predictor_norm=last_norm, temperature=temperature)
+    )
+
+    def mlp(weights, x, depth, last_norm):
+        w = float64(weights)
+        norms = depth if last_norm else depth - 1
+        assert set(w) == {f"dense{k + 1}" for k in range(depth)} | {
+            f"norm{k + 1}" for k in range(norms)
+        }
+        for k in range(1, depth + 1):
+            assert set(w[f"dense{k}"]) == {"kernel"}
+            x = x @ w[f"dense{k}"]["kernel"]
+            if k < depth:
+                x = np.maximum(standardised(x) * w[f"norm{k}"]["scale"] + w[f"norm{k}"]["bias"], 0)
+        return standardised(x) if last_norm else x  # without scale and shift
+
+    total = 0.0
+    for view in range(2):
+        own, other = (f.astype(np.float64) for f in (features.student, features.teacher))
+        z = mlp(state.params["head"], own[:, view], layers, True)
+        q = unit(mlp(state.params["predictor"], z, 2, last_norm))
+        k = unit(mlp(state.extra["teacher"]["teacher_head"], other[:, 1 - view], layers, True))
+        logits = q @ k.T / temperature
+        total += 2 * temperature * np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
+    np.testing.assert_allclose(metrics["contrast_loss"], total, rtol=1e-5)
 
 
 def test_the_teachers_momentum_rises_to_one_as_a_cosine():
-    objective = make()
+    objective = make("byol")
     for step, want in ((0, 0.996), (50, 0.998), (100, 1.0), (200, 1.0)):
         np.testing.assert_allclose(objective.momentum(jnp.asarray(step)), want, rtol=1e-6)
-    constant = make(momentum_schedule="constant")
+    constant = make("byol", momentum_schedule="constant")
     assert constant.momentum(jnp.asarray(70)) == 0.996
 
 
-def test_the_teacher_gets_no_gradient_and_all_else_does():
-    _, _, stats, grads = evaluate(make(), make_batch(1), mesh_of(1, 1, 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_one_device_and_of_parts_and_none_is_the_teachers(kind):
+    """Of a transformer: batch norm is in the heads alone, which see the whole batch."""
+    objective = make(kind, model=common.vit("mu/16"))
+    _, _, stats, grads = assert_same_everywhere(objective, make_batch(1), parts=(4,))
     assert set(grads) == {"backbone", "head", "predictor", "probe"}
-    kernels = {n: g for n, g in tree.flatten(grads).items() if n.endswith("kernel")}
-    for name, gradient in kernels.items():  # a residual branch's last scale starts at zero
-        assert np.any(gradient) != (name.startswith("backbone/block/conv")), name
-    assert set(stats) == {
-        "backbone", "head", "predictor", "teacher_backbone", "teacher_head"
+    assert all(np.any(leaf) for n, leaf in tree.flatten(grads).items() if n.endswith("kernel"))
+    assert set(stats) == {"head", "predictor", "teacher_head"}
+
+
+def test_the_second_view_has_an_augmentation_of_its_own():
+    batch, key = make_batch(1), jax.random.key(3)
+    same = make("byol").prepare(batch, key, True)
+    solarized = make("byol", second_view={"solarize_prob": 1.0}).prepare(batch, key, True)
+    np.testing.assert_array_equal(solarized[:, 0], same[:, 0])
+    first = np.asarray(same[:, 1])
+    want = np.where(first < 0.5, first, 1 - first)
+    np.testing.assert_allclose(solarized[:, 1], want, atol=1e-6)
+    with pytest.raises(UserError, match="did you mean 'solarize_prob'"):
+        make("byol", second_view={"solarise_prob": 1.0})
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="config.objective.temperature=-1.0"):
+        make("moco_v3", temperature=-1.0)
+    with pytest.raises(UserError, match="config.objective.head_hidden=0: valid: 1 and more"):
+        make("byol", head_hidden=0)
+    with pytest.raises(UserError, match="config.objective.head_layers=0"):
+        make("moco_v3", head_layers=0)
+
+
+def test_moco_v3_trains_neither_the_last_norms_nor_the_patch_projection():
+    config = moco_v3_config.get_config("smoke")
+    objective = moco_v3.Objective(config, DATA)
+    batch = {"image": np.zeros((2, 1, 48, 48, 1), np.uint8)}
+    params, _, _ = jax.eval_shape(lambda: objective.init(jax.random.key(0), batch))
+    freeze = (*config.optim.freeze, *objective.FROZEN)
+    roles = tree.flatten(optim.roles({**config.optim, "freeze": freeze}, params))
+    assert {name for name, role in roles.items() if role == "frozen"} == {
+        "backbone/patches/bias", "backbone/patches/kernel", "head/norm3/scale",
+        "predictor/norm2/scale",
     }  # fmt: skip
 
 
-def test_loss_and_gradients_are_those_of_one_device():
-    objective, batch, one = make(), make_batch(1), mesh_of(1, 1, 1)
-    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
-    for sizes in ((8, 1, 1), (2, 2, 2)):
-        assert_same(evaluate(objective, batch, mesh_of(*sizes)), want, nudged)
-
-
-def test_in_parts_is_the_whole_batch():
-    """The heads' batch norms see the whole batch; the backbone has none."""
-    objective, batch, one = make(model=common.vit("mu/16")), make_batch(1), mesh_of(1, 1, 1)
-    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
-    assert_same(evaluate(objective, batch, one, count=4), want, nudged)
+def test_presets_are_the_papers():
+    """Appendix B and sections 3.2, 3.3 of BYOL; section 4 and the commands of MoCo v3's code."""
+    config = byol_config.get_config()
+    own = config.objective
+    assert (own.momentum, own.momentum_schedule) == (0.996, "cosine")
+    assert (own.head_hidden, own.head_dim) == (4096, 256)
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("lars", 0.2, 1.5e-6)
+    first = augment.from_config(config.augment)
+    assert (first.blur_prob, first.solarize_prob, first.crop_area_min) == (1.0, 0.0, 0.08)
+    assert dict(own.second_view) == {"blur_prob": 0.1, "solarize_prob": 0.2}
+    for arg, (temperature, layers, lr) in (("", (0.2, 3, 1.5e-4)), ("resnet50", (1.0, 2, 0.3))):
+        config = moco_v3_config.get_config(arg)
+        own = config.objective
+        assert (own.temperature, own.head_layers, config.optim.lr) == (temperature, layers, lr)
+        assert (own.momentum, own.momentum_schedule, own.head_dim) == (0.99, "cosine", 256)

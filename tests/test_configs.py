@@ -4,7 +4,6 @@ import importlib
 import json
 import pathlib
 
-import jax
 import pytest
 
 from bigmed import curriculum
@@ -26,15 +25,14 @@ def test_every_config_says_how_to_run_it_and_what_to_expect(name):
     assert config.stages and set(config.stages) <= set(config.stage)
 
 
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_argument_is_named(name):
+    with pytest.raises(ValueError, match="argument 'smoky': valid: .*smoke"):
+        load(name, "smoky")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_smoke_form_ends_in_a_report(name, tmp_path, compiled_once):
+def test_every_smoke_form_ends_in_a_report(name, tmp_path):
     config = load(name, "smoke")
     printed = curriculum.run(config, tmp_path, stop=lambda: False)
     rows = json.loads((tmp_path / "results.json").read_text())

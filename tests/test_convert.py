@@ -274,6 +274,8 @@ def test_another_architecture_is_refused_with_both_sides(tmp_path):
         weights.import_weights(path, "torchvison", RESNET18, size=64)
     with pytest.raises(UserError, match="valid: stem='torchvision'"):
         weights.import_weights(path, "timm", {"name": "resnet", "depth": 18}, size=64)
+    with pytest.raises(UserError, match="normalize is not given"):
+        weights.import_weights(path, "torchvision", RESNET18, size=64, normalize=None)
 
 
 def test_every_resnet_has_tables_that_name_every_leaf():

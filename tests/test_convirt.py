@@ -1,5 +1,6 @@
 """ConVIRT and its successors: directions, options, frozen layers, any mesh, mistakes."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,25 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from exactness import NoOptimiser, assert_same, evaluate, mesh_of
+from exactness import (
+    NoOptimiser,
+    assert_same_everywhere,
+    evaluate,
+    mesh_of,
+    relative_difference,
+)
 from test_objectives import DATA, make_batch
 
-from bigmed import losses, tree
+from bigmed import losses, optim, tree
 from bigmed.data import tokenise
 from bigmed.errors import UserError
 from bigmed.objectives import base, convirt
-from bigmed.state import make_init
+from bigmed.state import make_init, stream
+from bigmed.step import MicroBatches, loss_and_grads
 from configs import common
+from configs import convirt as preset
 
 LENGTH, VOCABULARY = 12, 70
 
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
+    return spec_of(tmp_path_factory.mktemp("text"))
+
+
+def spec_of(folder):
     words = [f"word{i}" for i in range(VOCABULARY - len(tokenise.SPECIAL))]
-    path = tmp_path_factory.mktemp("text") / "vocab.txt"
+    path = folder / "vocab.txt"
     path.write_text("\n".join([*tokenise.SPECIAL, *words]) + "\n")
-    return base.DataSpec(DATA.class_names, DATA.task, 100, tokenise.load(path))
+    return dataclasses.replace(DATA, num_examples=100, tokeniser=tokenise.load(path))
 
 
 def stage_config(texts=1, tower=None, **overrides):
@@ -35,7 +48,7 @@ def stage_config(texts=1, tower=None, **overrides):
     config.data.channels = 3
     config.data.text = common.text("vocab.txt", length=LENGTH, texts=texts)
     config.text_model = common.bert(
-        width=32, depth=3, heads=2, mlp_dim=48, max_length=16, train_after_layer=1
+        width=32, depth=2, heads=2, mlp_dim=48, max_length=16, train_after_layer=1
     )
     config.text_model.update(tower or {})
     config.objective = common.convirt_objective(**{"head_dim": 16, **overrides})
@@ -104,10 +117,10 @@ def oracle(objective, params, features, ids, kind, duplicates, scale, bias):
 
     def contrast(v, u, weight, ids):
         n = len(v)
-        equal = np.eye(n, dtype=bool)
+        equal = own_pair = np.eye(n, dtype=bool)
         if ids is not None and duplicates != "none":
-            equal = ids[:, None] == ids[None, :]
-        own_pair = np.eye(n, dtype=bool)
+            of_v, of_u = ids if isinstance(ids, tuple) else (ids, ids)
+            equal = own_pair | (of_v[:, None] == of_u[None, :])
         if kind == "sigmoid":
             total = 0.0
             for i in range(n):
@@ -138,7 +151,7 @@ def oracle(objective, params, features, ids, kind, duplicates, scale, bias):
     if own["image_image"]:
         total += own["image_image"] * contrast(images[:, 0], images[:, 1], 0.5, None)
     if own["text_text"]:
-        total += own["text_text"] * contrast(texts[:, 0], texts[:, 1], 0.5, ids[:, 0])
+        total += own["text_text"] * contrast(texts[:, 0], texts[:, 1], 0.5, (ids[:, 0], ids[:, 1]))
     return total
 
 
@@ -151,8 +164,8 @@ def test_the_loss_is_the_definition(spec, kind, duplicates, terms):
     objective = convirt.Objective(config, spec)
     batch, features = batch_of(texts=count), features_of(count, count)
     params, stats, extra = objective.init(jax.random.key(0), batch)
-    _, aux = objective.compare(params, stats, extra, features, batch, jax.random.key(0), True)
-    metrics = aux["metrics"]
+    compare = jax.jit(lambda p: objective.compare(p, stats, extra, features, batch, None, True))
+    metrics = compare(params)[1]["metrics"]
     got = metrics["image_text_loss"]
     got += sum(w * metrics[f"{name}_loss"] for name, w in terms.items())
     want = oracle(objective, params, features, batch["text_id"], kind, duplicates, 10.0, -10.0)
@@ -167,15 +180,36 @@ def test_a_learned_scale_starts_at_the_temperature_and_is_clamped(spec):
     batch, features = batch_of(), features_of()
     params, stats, extra = objective.init(jax.random.key(0), batch)
 
+    @jax.jit
     def loss(params):
         return objective.compare(params, stats, extra, features, batch, jax.random.key(0), True)
 
-    (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (_, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(aux["metrics"]["similarity_scale"], 1 / 0.07, rtol=1e-5)
     assert abs(float(grads["logit_scale"])) > 0
     for value, want in ((9.0, 100.0), (-3.0, 1.0)):
         found = loss({**params, "logit_scale": jnp.float32(value)})[1]["metrics"]
         np.testing.assert_allclose(found["similarity_scale"], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("start", "outward"), [(4.7, 1), (-0.1, -1)])
+def test_a_learned_scale_comes_back_from_a_limit_and_goes_no_further(spec, start, outward):
+    """A plain clip has no gradient outside, so a scale past a limit would be lost."""
+    objective = convirt.Objective(stage_config(learn_temperature=True), spec)
+    batch, features = batch_of(), features_of()
+    params, stats, extra = objective.init(jax.random.key(0), batch)
+
+    @jax.jit
+    @jax.grad
+    def slope(value, sign):
+        given = {**params, "logit_scale": value}
+        return sign * objective.compare(given, stats, extra, features, batch, None, True)[0]
+
+    # the loss of features that say nothing rises with the scale; its negative falls
+    inside = float(slope(jnp.float32(start - 0.2 * outward), 1.0))
+    assert inside > 0
+    back, further = (float(slope(jnp.float32(start), float(sign * outward))) for sign in (1, -1))
+    assert further == 0 and outward * back > 0
 
 
 # ------------------------------------------------------------------------------------- the towers
@@ -184,14 +218,17 @@ def test_a_learned_scale_starts_at_the_temperature_and_is_clamped(spec):
 def test_frozen_layers_get_no_gradient_and_do_not_move_and_all_else_does(spec):
     objective, batch = convirt.Objective(stage_config(), spec), batch_of()
     _, _, _, grads = evaluate(objective, batch, mesh_of(1, 1, 1))
-    from bigmed import optim
-
     config = common.optimizer("adam", 0.1, lr_scaling="none", weight_decay=0.1, warmup_steps=0)
-    params = jax.device_get(objective.init(jax.random.key(0), batch)[0])
+    params = jax.device_get(jax.jit(make_init(objective, NoOptimiser, batch, seed=0))().params)
     settings = {**config, "freeze": objective.FROZEN}
     tx, _ = optim.make_optimizer(settings, params, batch_size=16, total_steps=10)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    moved = tree.flatten(optax.apply_updates(params, updates))
+
+    @jax.jit
+    def step(params, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    moved = tree.flatten(step(params, grads))
     for name, gradient in tree.flatten(grads).items():
         frozen = name.startswith(("text/embeddings", "text/layer1/"))
         assert np.any(gradient) != frozen, name
@@ -217,60 +254,153 @@ def test_padding_to_another_length_changes_nothing(spec):
 
 def test_several_images_and_views(spec):
     two_views = convirt.Objective(stage_config(image_image=1.0), spec)
-    views = two_views.prepare(batch_of(1), jax.random.key(0), True).views
+    key = jax.random.key(0)
+    views = jax.jit(lambda: two_views.prepare(batch_of(1), key, True).views)()
     assert views.shape == (16, 2, 16, 16, 3) and not np.array_equal(views[:, 0], views[:, 1])
     plain = convirt.Objective(stage_config(), spec)
-    assert plain.prepare(batch_of(1), jax.random.key(0), True).views.shape[1] == 1
-    assert plain.prepare(batch_of(2), jax.random.key(0), True).views.shape[1] == 2
+    for images in (1, 2):
+        made = jax.eval_shape(lambda n=images: plain.prepare(batch_of(n), key, True).views)
+        assert made.shape[1] == images
 
 
 def test_validation_is_the_same_for_any_key(spec):
     objective, batch = convirt.Objective(stage_config(), spec), batch_of()
-    state = make_init(objective, NoOptimiser, batch, seed=0)()
-
-    def loss(seed, train):
-        return objective.loss(
-            state.params, state.batch_stats, state.extra, batch, jax.random.key(seed), train
-        )[0]
-
-    assert float(loss(0, False)) == float(loss(1, False))
-    assert float(loss(0, True)) != float(loss(1, True))
+    state = jax.jit(make_init(objective, NoOptimiser, batch, seed=0))()
+    for train in (False, True):
+        loss = jax.jit(
+            lambda key, train=train: objective.loss(
+                state.params, state.batch_stats, state.extra, batch, key, train
+            )[0]
+        )
+        one, other = (float(loss(jax.random.key(seed))) for seed in (0, 1))
+        assert (one == other) != train
 
 
 def test_embeddings_for_retrieval_are_unit_vectors(spec):
     objective, batch = convirt.Objective(stage_config(), spec), batch_of(texts=2)
-    state = make_init(objective, NoOptimiser, batch, seed=0)()
+    state = jax.jit(make_init(objective, NoOptimiser, batch, seed=0))()
     fns = objective.predict_fns()
     assert set(fns) == {"encoder", "image", "text"}
     for name in ("image", "text"):
-        found = fns[name](state, batch)
+        found = jax.jit(fns[name])(state, batch)
         assert found.shape == (16, 16)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
 
 
+def test_the_preset_is_the_papers_table_and_decays_all_that_it_trains(spec):
+    config = preset.get_config()
+    with config.ignore_type():
+        config.text_model.vocab_size = None  # the test's tokeniser is smaller than ClinicalBERT's
+    objective = convirt.Objective(config.lock(), spec)
+    size = config.augment.size
+    form = {
+        "image": jax.ShapeDtypeStruct((32, 1, size, size, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((32, 1, config.data.text.length), jnp.int32),
+        "token_mask": jax.ShapeDtypeStruct((32, 1, config.data.text.length), bool),
+    }
+    params, stats, _ = jax.eval_shape(lambda: objective.init(jax.random.key(0), form))
+    shapes = {name: leaf.shape for name, leaf in tree.flatten(params).items()}
+    heads = {name: shape for name, shape in shapes.items() if "head/" in name}
+    assert heads == {  # no biases, no norms
+        "head/dense1/kernel": (2048, 2048), "head/dense2/kernel": (2048, 512),
+        "text_head/dense1/kernel": (768, 768), "text_head/dense2/kernel": (768, 512),
+    }  # fmt: skip
+    assert set(stats) == {"backbone"}
+    assert shapes["text/layer12/mlp/up/kernel"] == (768, 3072)
+    assert (objective.text.pool, objective.text.pool_special) == ("max", True)
+    roles = tree.flatten(optim.roles({**config.optim, "freeze": objective.FROZEN}, params))
+    frozen = {name.split("/")[1] for name, role in roles.items() if role == "frozen"}
+    assert frozen == {"embeddings", *(f"layer{i}" for i in range(1, 7))}
+    assert {n.split("/")[0] for n, role in roles.items() if role == "plain"} == {"probe"}
+    own, plan = objective.config, config.optim
+    assert (own.temperature, own.image_weight, own.learn_temperature) == (0.1, 0.75, False)
+    assert (plan.name, plan.lr, plan.weight_decay, plan.schedule) == ("adam", 1e-4, 1e-6, "plateau")
+    assert (plan.decay, plan.patience, config.validate.every) == (0.5, 5, 5000)
+
+
+@pytest.mark.parametrize(
+    ("arg", "learned"),
+    [("clip", {"logit_scale": 1 / 0.07}), ("siglip", {"logit_scale": 10, "logit_bias": -10})],
+)
+def test_the_successors_start_as_published(spec, arg, learned):
+    own = preset.get_config(arg).objective
+    objective = convirt.Objective(stage_config(**{**own, "head_dim": 16}), spec)
+    params = jax.jit(lambda: objective.init(jax.random.key(0), batch_of())[0])()
+    found = {name: float(x) for name, x in params.items() if name.startswith("logit")}
+    assert found.keys() == learned.keys()
+    np.testing.assert_allclose(np.exp(found["logit_scale"]), learned["logit_scale"], rtol=1e-5)
+    assert found.get("logit_bias") == learned.get("logit_bias")
+    assert own.image_weight == 0.5 or own.loss == "sigmoid"
+
+
 # -------------------------------------------------------------------------------------- exactness
 
+class OfGivenFeatures(convirt.Objective):
+    """Features are parameters, which get a gradient each: all but the encoders, which are alike."""
+
+    def init(self, key, batch_spec):
+        params, stats, extra = super().init(key, batch_spec)
+        heads = {name: x for name, x in params.items() if name not in ("backbone", "text")}
+        return {**heads, "features": features_of(2, 2)}, stats, extra
+
+    def prepare(self, batch, key, train):
+        return batch["index"]
+
+    def embed(self, params, batch_stats, extra, inputs, key, train):
+        return jax.tree.map(lambda x: x[inputs], params["features"]), batch_stats
+
+
+BOTH = {"image_image": 1.0, "text_text": 0.5, "learn_temperature": True, "texts": 2}
 OPTIONS = {
-    "convirt": {},
-    "clip": {"learn_temperature": True, "image_weight": 0.5, "duplicates": "mask"},
-    "siglip": {"loss": "sigmoid", "learn_temperature": True, "duplicates": "multi"},
+    "convirt": (convirt.Objective, {}),
+    "clip": (OfGivenFeatures, {**BOTH, "image_weight": 0.5, "duplicates": "mask"}),
+    "siglip": (OfGivenFeatures, {**BOTH, "loss": "sigmoid", "duplicates": "multi"}),
 }
+
+
+def option(name, spec):
+    """(objective, batch)."""
+    make, options = OPTIONS[name]
+    return make(stage_config(**options), spec), batch_of(texts=options.get("texts", 1))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loss_and_gradients_are_those_of_one_device_and_of_parts(spec, name):
-    objective, batch = convirt.Objective(stage_config(**OPTIONS[name]), spec), batch_of()
-    one = mesh_of(1, 1, 1)
-    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
-    for sizes in ((8, 1, 1), (2, 2, 2)):
-        assert_same(evaluate(objective, batch, mesh_of(*sizes)), want, nudged)
-    assert_same(evaluate(objective, batch, one, count=4), want, nudged)
+    assert_same_everywhere(*option(name, spec), parts=(4,))
+
+
+def test_in_parts_dropout_is_drawn_alike_in_both_passes(spec):
+    """The gradient through the encoders' parts side by side, each with the key of its number."""
+    objective = convirt.Objective(stage_config(tower={"dropout": 0.5}), spec)
+    batch, count = batch_of(), 2
+    state = jax.jit(make_init(objective, NoOptimiser, batch, seed=0))()
+    key = stream(jax.random.wrap_key_data(state.key), "train", state.step)
+
+    def whole(params, first):
+        inputs = objective.prepare(batch, key, True)
+        found = []
+        for i in range(count):
+            part = jax.tree.map(lambda x, i=i: x[i::count], inputs)
+            part_key = jax.random.fold_in(key, base.EMBED_STREAM + first + i)
+            found.append(objective.embed(params, {}, {}, part, part_key, True)[0])
+        outputs = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *found)
+        return objective.compare(params, {}, {}, outputs, batch, key, True)[0]
+
+    direct = jax.jit(jax.value_and_grad(whole))
+    want, other = direct(state.params, 0), direct(state.params, count)
+    (loss, _), grads = jax.jit(
+        lambda s: loss_and_grads(objective, s, batch, MicroBatches(count))
+    )(state)  # fmt: skip
+    # sums of 16 float32 rows in another order; another draw is a different number altogether
+    np.testing.assert_allclose(loss, want[0], rtol=1e-6)
+    assert relative_difference(grads, want[1]) < 1e-5 < 1e-3 < relative_difference(grads, other[1])
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"temperature": -0.1}, "config.objective.temperature=-0.1"),
+        ({"temperature": 2.0, "learn_temperature": True}, "temperature=2.0 .* valid: 0.01 to 1"),
         ({"loss": "sigmoidal"}, "did you mean 'sigmoid'"),
         ({"duplicates": "drop"}, "config.objective.duplicates='drop'"),
         ({"image_weight": 1.5}, "config.objective.image_weight=1.5"),
@@ -290,3 +420,18 @@ def test_mistakes_are_named(spec, change, said):
 def test_without_texts_it_says_what_to_set():
     with pytest.raises(UserError, match="needs texts; set config.data.text.tokeniser"):
         convirt.Objective(stage_config(), DATA)
+
+
+def test_a_batch_without_texts_is_one_plain_line(spec):
+    objective, batch = convirt.Objective(stage_config(), spec), batch_of()
+    images = {k: v for k, v in batch.items() if k not in ("tokens", "token_mask", "text_id")}
+    state = jax.jit(make_init(objective, NoOptimiser, batch, seed=0))()
+    for call in (
+        lambda: jax.eval_shape(lambda: objective.init(jax.random.key(0), images)),
+        lambda: objective.prepare(images, jax.random.key(0), True),
+        lambda: objective.predict_fns()["text"](state, images),
+    ):
+        with pytest.raises(UserError, match="needs batches with tokens and token_mask") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert jax.eval_shape(objective.predict_fns()["image"], state, images).shape == (16, 16)

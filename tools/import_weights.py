@@ -36,7 +36,8 @@ MODEL = flags.DEFINE_string("model", None, "A published name, e.g. resnet50; els
 OUT = flags.DEFINE_string("out", None, "The folder to make.")
 NORMALIZE = flags.DEFINE_enum(
     "normalize", None, ["none", "imagenet", "half"],
-    "The pixels the weights were trained on: in [0, 1], so with ImageNet's moments, in [-1, 1].",
+    "The pixels the weights were trained on: in [0, 1], so with ImageNet's moments, in [-1, 1]; "
+    "needed but for a text tower.",
 )  # fmt: skip
 SIZE = flags.DEFINE_integer("size", 224, "Of the images; position codes are resampled to it.")
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of the images, 1 or 3; the stem is refolded.")
@@ -106,4 +107,4 @@ def _grouped(names: tuple[str, ...]) -> str:
 
 if __name__ == "__main__":
     app.define_help_flags()
-    sys.exit(command.run(sys.argv, (FROM, SRC, OUT, NORMALIZE), _import))
+    sys.exit(command.run(sys.argv, (FROM, SRC, OUT), _import))

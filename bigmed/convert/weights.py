@@ -111,7 +111,7 @@ def import_weights(
     *,
     size: int = 224,
     channels: int = 3,
-    normalize: str = "none",
+    normalize: str | None = "none",
     prefix: str | None = None,
     allow_pickle: bool = False,
 ) -> Weights:
@@ -123,7 +123,8 @@ def import_weights(
       model: a `config.model` section; None: as the config.json beside the weights says.
       size: of the images, pixels; position codes are resampled to it.
       channels: of the images, 1 or 3; the stem is summed or spread over them.
-      normalize: of the pixels that the weights were trained on; kept beside them.
+      normalize: of the pixels that the weights were trained on; kept beside them. None will do for
+        weights of a text tower alone.
       prefix: see `read.without_prefix`.
       allow_pickle: see `read.read_tensors`.
 
@@ -137,6 +138,12 @@ def import_weights(
         raise UserError(f"naming '{naming}': {did_you_mean(naming, known)}")
     model = dict(model) if model else _described(source, naming)
     family = family_of(model, naming)
+    if normalize is None and family.STEM:
+        raise UserError(
+            f"normalize is not given, for which pixels a {model['name']} was trained; "
+            "valid: none, imagenet, half"
+        )
+    normalize = normalize or "none"
     if normalize != "none" and getattr(family, "PIXELS", mapping.PIXELS) != mapping.PIXELS:
         raise UserError(
             f"normalize='{normalize}': a {model['name']} scales pixels by itself; valid: none"

@@ -236,7 +236,8 @@ class Model(nn.Module):
         if tokens.shape[1] > self.max_length:
             raise UserError(
                 f"texts of {tokens.shape[1]} tokens are longer than "
-                f"config.text_model.max_length={self.max_length}; use a smaller config.text.length"
+                f"config.text_model.max_length={self.max_length}; "
+                "use a smaller config.data.text.length"
             )
         mask = mask.astype(bool)
         types = jnp.zeros_like(tokens) if types is None else types

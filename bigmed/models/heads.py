@@ -11,24 +11,31 @@ from bigmed.errors import UserError
 from bigmed.models.layers import BatchNorm
 
 dense_init = nn.initializers.normal(0.01)
+lecun_init = nn.initializers.lecun_normal()
 
 
 class ProjectionHead(nn.Module):
-    """SimCLR's projection head: dense layers without bias, each followed by batch norm.
+    """Dense layers with ReLU between them: every projector and predictor.
 
-    ReLU follows every layer but the last, whose norm has a scale and no shift; so the released code
-    has it (the papers do not mention the norm). SimCLR v1 has two layers, v2 three.
+    By default SimCLR's, as its released code has it (the papers do not mention the norms): no
+    biases, a batch norm after every layer, the last without a shift; v1 has two layers, v2 three.
 
     Attributes:
       num_layers: 0 to 4; 0 is no head, 1 a linear one.
       hidden_dim: width of the hidden layers; None: that of the input.
       out_dim: of the last layer.
+      norms: after which layers there is a batch norm: 'all', 'hidden' (not after the last), 'none'.
+      biases: which layers have one, likewise.
+      kernel_init: of the dense layers.
       dtype: of the matrix products; outputs, parameters and statistics are float32.
     """
 
     num_layers: int = 2
     hidden_dim: int | None = None
     out_dim: int = 128
+    norms: str = "all"
+    biases: str = "none"
+    kernel_init: Any = dense_init
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -44,95 +51,16 @@ class ProjectionHead(nn.Module):
         layers = [x.astype(jnp.float32)]
         for k in range(1, self.num_layers + 1):
             last = k == self.num_layers
+            having = ("all",) if last else ("all", "hidden")
             x = nn.Dense(
                 self.out_dim if last else hidden,
-                use_bias=False,
+                use_bias=self.biases in having,
                 dtype=self.dtype,
-                kernel_init=dense_init,
+                kernel_init=self.kernel_init,
                 name=f"dense{k}",
             )(x)
-            x = BatchNorm(use_bias=not last, name=f"norm{k}")(x, train=train)
-            x = x if last else nn.relu(x)
-            layers.append(x)
-        return layers[-1], layers
-
-
-class BiasedHead(nn.Module):
-    """MoCo's projection: one dense layer with a bias (v1, and C2L), or two with ReLU (v2).
-
-    Attributes:
-      hidden_dim: width of the hidden layer; None: there is none.
-      out_dim: of the last layer.
-      dtype: of the matrix products; outputs and parameters are float32.
-    """
-
-    hidden_dim: int | None = None
-    out_dim: int = 128
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, list[jax.Array]]:
-        """[B, D] -> (z [B, out_dim] float32, layers), as `ProjectionHead`."""
-        del train
-        layers = [x.astype(jnp.float32)]
-        if self.hidden_dim:
-            x = nn.relu(nn.Dense(self.hidden_dim, dtype=self.dtype, name="dense1")(x))
-            layers.append(x.astype(jnp.float32))
-        x = nn.Dense(self.out_dim, dtype=self.dtype, name="dense2")(x)
-        return x.astype(jnp.float32), [*layers, x.astype(jnp.float32)]
-
-
-class NormedHead(nn.Module):
-    """BYOL's projector and predictor: dense, batch norm, ReLU, dense (arXiv 2006.07733, 3.3).
-
-    Attributes:
-      hidden_dim, out_dim: widths of the two layers.
-      dtype: of the matrix products; outputs, parameters and statistics are float32.
-    """
-
-    hidden_dim: int = 4096
-    out_dim: int = 256
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, list[jax.Array]]:
-        """[B, D] -> (z [B, out_dim] float32, layers), as `ProjectionHead`."""
-        layers = [x.astype(jnp.float32)]
-        x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="dense1")(x)
-        x = nn.relu(BatchNorm(name="norm1")(x, train=train))
-        layers.append(x.astype(jnp.float32))
-        x = nn.Dense(self.out_dim, use_bias=False, dtype=self.dtype, name="dense2")(x)
-        return x.astype(jnp.float32), [*layers, x.astype(jnp.float32)]
-
-
-class PlainHead(nn.Module):
-    """A projection of dense layers with ReLU between them, without biases or norms.
-
-    ConVIRT's g_v and g_u (arXiv 2010.00747, section 2.1) have two layers.
-
-    Attributes:
-      num_layers: 1 to 4.
-      hidden_dim: width of the hidden layers; None: that of the input.
-      out_dim: of the last layer.
-      dtype: of the matrix products; outputs and parameters are float32.
-    """
-
-    num_layers: int = 2
-    hidden_dim: int | None = None
-    out_dim: int = 512
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, list[jax.Array]]:
-        """[B, D] -> (z [B, out_dim] float32, layers), as `ProjectionHead`."""
-        del train
-        if not 1 <= self.num_layers <= 4:
-            raise UserError(f"config.objective.head_layers={self.num_layers}: valid: 1 to 4")
-        layers = [x.astype(jnp.float32)]
-        for k in range(1, self.num_layers + 1):
-            last = k == self.num_layers
-            width = self.out_dim if last else self.hidden_dim or x.shape[-1]
-            x = nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"dense{k}")(x)
+            if self.norms in having:
+                x = BatchNorm(use_bias=not last, name=f"norm{k}")(x, train=train)
             x = x if last else nn.relu(x)
             layers.append(x.astype(jnp.float32))
         return layers[-1], layers

@@ -3,13 +3,13 @@
 There are no negatives. What keeps the embeddings apart is the predictor and the slow teacher.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bigmed import losses
+from bigmed import augment, losses
 from bigmed.models import heads
 from bigmed.objectives import base, momentum
 
@@ -25,14 +25,47 @@ class Objective(momentum.Objective):
     """BYOL's loss in both directions, summed as in the paper (equation 2 and below).
 
     Config (`config.objective`): `head_hidden` and `head_dim` of the projector and the predictor;
-    the teacher's `momentum` and its schedule, see `bigmed.objectives.momentum`.
+    `second_view`, what the second view's augmentation has unlike `config.augment`; the teacher's
+    `momentum` and its schedule, see `bigmed.objectives.momentum`.
     """
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)
-        shape = (self.config["head_hidden"], self.config["head_dim"])
-        self.head = heads.NormedHead(*shape, dtype=self.dtype)
-        self.predictor = heads.NormedHead(*shape, dtype=self.dtype)
+        base.check_widths(self.config, "head_hidden", "head_dim")
+        second = augment.from_config({**config["augment"], **self.config["second_view"]})
+        self._augmentations = (self.augmentation, second)
+        self.head, self.predictor = self.make_heads()
+
+    def make_heads(self) -> tuple[Any, Any]:
+        """The projector, which the teacher has too, and the predictor (section 3.3)."""
+        head = heads.ProjectionHead(
+            hidden_dim=self.config["head_hidden"],
+            out_dim=self.config["head_dim"],
+            norms="hidden",
+            biases="hidden",
+            kernel_init=heads.lecun_init,
+            dtype=self.dtype,
+        )
+        return head, head.clone()
+
+    def agreement(
+        self, predictions: Sequence[jax.Array], targets: Sequence[jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """2 - 2 cos(prediction, target), summed over the two directions; mean over the batch.
+
+        Args:
+          predictions: of the two views, each [B, D].
+          targets: the teacher's projections of the other views, each [B, D], without gradient.
+
+        Returns:
+          The loss and metrics.
+        """
+        cosines = [
+            jnp.sum(losses.l2_normalize(p) * losses.l2_normalize(t), axis=1)
+            for p, t in zip(predictions, targets, strict=True)
+        ]
+        total = jnp.mean(4 - 2 * cosines[0] - 2 * cosines[1])
+        return total, {"prediction_loss": total}
 
     def init(self, key: jax.Array, batch_spec: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Fresh (params, batch_stats, extra); the teacher begins as the student."""
@@ -44,6 +77,22 @@ class Objective(momentum.Objective):
         )
         stats, followers = self.with_teacher(params, stats, "backbone", "head")
         return params, stats, {"teacher": followers}
+
+    def prepare(self, batch: Mapping[str, jax.Array], key: jax.Array, train: bool) -> jax.Array:
+        """Two views of each row, each by its own augmentation: [B, 2, S, S, C] float32."""
+        del train
+        views = [
+            augment.augment(
+                augmentation,
+                jax.random.fold_in(key, view),
+                batch["image"][:, which],
+                batch["box"][:, which],
+            )
+            for view, (which, augmentation) in enumerate(
+                zip((0, -1), self._augmentations, strict=True)
+            )
+        ]
+        return jnp.stack(views, axis=1)
 
     def embed(
         self, params: Any, batch_stats: Any, extra: Any, views: jax.Array, key: jax.Array,
@@ -66,7 +115,7 @@ class Objective(momentum.Objective):
         self, params: Any, batch_stats: Any, extra: Any, outputs: Features,
         batch: Mapping[str, jax.Array], key: jax.Array, train: bool,
     ) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
-        """2 - 2 cos(prediction, projection) of either view by the other, plus the probe's loss."""
+        """The agreement of either view's prediction with the other's target, plus the probe's."""
         del key
         followers, stats = jax.lax.stop_gradient(extra["teacher"]), batch_stats
         projections, predictions, targets = [], [], []
@@ -78,17 +127,14 @@ class Objective(momentum.Objective):
             name, features = momentum.teacher("head"), outputs.teacher[:, view]
             target, stats = base.apply(name, self.head, followers, stats, features, train)
             projections.append(z)
-            predictions.append(losses.l2_normalize(p))
-            targets.append(jax.lax.stop_gradient(losses.l2_normalize(target)))
-        cosines = [
-            jnp.sum(p * t, axis=1) for p, t in zip(predictions, reversed(targets), strict=True)
-        ]
-        total = jnp.mean(4 - 2 * cosines[0] - 2 * cosines[1])
+            predictions.append(p)
+            targets.append(jax.lax.stop_gradient(target))
+        total, metrics = self.agreement(predictions, targets[::-1])
         probe_loss, probe_metrics = self.probe_loss(params, outputs.student, batch["labels"])
         aux = {
             "batch_stats": stats,
             "metrics": {
-                "prediction_loss": total,
+                **metrics,
                 **losses.embedding_health(jnp.concatenate(projections)),
                 **probe_metrics,
             },

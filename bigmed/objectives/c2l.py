@@ -5,6 +5,7 @@ of the other view, of the same mixture, or to the mixture of two teachers' keys;
 queue is pushed away. With the first of the three losses alone it is MoCo (arXiv 1911.05722).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ NAMES = ("plain", "image_mix", "feature_mix")  # the three losses, in order
 MODES = ("nce", "infonce")
 QUEUES = ("sequential", "snapshot")
 HEADS = ("linear", "mlp")
+UNSET = -1e30  # of the normaliser's logarithm; finite, as all of a state is
 _MIX, _SHUFFLE = 2, 3  # streams of a step's key; 0 and 1 are the views'
 
 
@@ -48,6 +50,7 @@ class Objective(momentum.Objective):
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)
         base.check_temperature(self.config)
+        base.check_widths(self.config, "head_dim")
         own, batch = self.config, config["data"]["batch_size"]
         for key, choices in (("mode", MODES), ("queue", QUEUES), ("head", HEADS)):
             if own[key] not in choices:
@@ -72,8 +75,14 @@ class Objective(momentum.Objective):
             )
         # Every device needs all of the queue at every step: kept whole, it is gathered at none.
         self.SHARDING = (*self.SHARDING, (r"queue/keys", (None, None)))
-        hidden = self.width if own["head"] == "mlp" else None
-        self.head = heads.BiasedHead(hidden, own["head_dim"], dtype=self.dtype)
+        self.head = heads.ProjectionHead(
+            num_layers=2 if own["head"] == "mlp" else 1,
+            out_dim=own["head_dim"],
+            norms="none",
+            biases="all",
+            kernel_init=heads.lecun_init,
+            dtype=self.dtype,
+        )
 
     def init(self, key: jax.Array, batch_spec: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Fresh (params, batch_stats, extra); the teacher begins as the student."""
@@ -81,7 +90,7 @@ class Objective(momentum.Objective):
         params, stats = self.init_modules(init_key, batch_spec, head=(self.head, self.width))
         stats, followers = self.with_teacher(params, stats, "backbone", "head")
         queue = momentum.new_queue(queue_key, self.config["queue_size"], self.config["head_dim"])
-        extra = {"teacher": followers, "queue": queue, "z": jnp.zeros(())}
+        extra = {"teacher": followers, "queue": queue, "log_z": jnp.array(UNSET, jnp.float32)}
         return params, stats, extra
 
     def prepare(self, batch: Mapping[str, jax.Array], key: jax.Array, train: bool) -> jax.Array:
@@ -174,17 +183,17 @@ class Objective(momentum.Objective):
         self, pairs: Mapping[str, tuple[jax.Array, jax.Array]], plain_key: jax.Array, extra: Any
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
         """(mean loss, metrics, the queue and normalisers after it)."""
-        queue, z, metrics = extra["queue"], extra["z"], {}
+        queue, log_z, metrics = extra["queue"], extra["log_z"], {}
         for name, (q, k) in pairs.items():
             s = momentum.scores(q, k, queue["keys"])
             if self.config["mode"] == "nce":
-                z = self._normaliser(s, z)
+                log_z = self._log_normaliser(s, log_z)
                 metrics[f"{name}_loss"] = momentum.nce(
-                    s, self.config["temperature"], z, self.data.num_examples
+                    s, self.config["temperature"], log_z, self.data.num_examples
                 )
             else:
                 metrics[f"{name}_loss"] = momentum.infonce(s, self.config["temperature"])
-            metrics[f"{name}_accuracy"] = jnp.mean(jnp.argmax(s, axis=1) == 0)
+            metrics[f"{name}_accuracy"] = jnp.mean(s[:, 0] > jnp.max(s[:, 1:], axis=1))
             if self.config["queue"] == "sequential":
                 queue = momentum.push(queue, jax.lax.stop_gradient(k))
         if self.config["queue"] == "snapshot":
@@ -192,12 +201,13 @@ class Objective(momentum.Objective):
         total = sum(metrics[f"{name}_loss"] for name in pairs) / len(pairs)
         metrics["contrast_loss"] = total
         metrics["contrast_accuracy"] = metrics[f"{next(iter(pairs))}_accuracy"]
-        return total, metrics, {"queue": queue, "z": z}
+        return total, metrics, {"queue": queue, "log_z": log_z}
 
-    def _normaliser(self, s: jax.Array, z: jax.Array) -> jax.Array:
+    def _log_normaliser(self, s: jax.Array, log_z: jax.Array) -> jax.Array:
         """The one that is fixed, or at the very first loss mean(exp(s / T)) times the images."""
-        first = jnp.mean(jnp.exp(jax.lax.stop_gradient(s) / self.config["temperature"]))
-        return jnp.where(z > 0, z, first * self.data.num_examples)
+        logits = jax.lax.stop_gradient(s) / self.config["temperature"]
+        first = jax.nn.logsumexp(logits) + math.log(self.data.num_examples / s.size)
+        return jnp.where(log_z == UNSET, first, log_z)
 
     def after_update(self, params: Any, extra: Any, carry: Any, step: jax.Array) -> Any:
         """The queue with the new keys, and the teacher a step nearer to the student."""

@@ -6,6 +6,7 @@ report, likewise (`config.data.text`). Options turn it into its successors: CLIP
 between two images or two texts of a study (CXR-CLIP).
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from bigmed.errors import UserError, did_you_mean
 from bigmed.models import bert, heads
 from bigmed.models.catalogue import build
 from bigmed.objectives import base
+
+log = logging.getLogger("bigmed")
 
 LOSSES = ("softmax", "sigmoid")
 DUPLICATES = ("none", "mask", "multi")
@@ -44,10 +47,10 @@ class Objective(base.Objective):
     """Bidirectional contrast of images and texts, with an online probe on the image encoder.
 
     Config (`config.objective`): `loss`, 'softmax' (InfoNCE in both directions) or 'sigmoid';
-    `temperature`, and whether to learn it (`learn_temperature`, as exp of `logit_scale`, at most
+    `temperature`, and whether to learn it (`learn_temperature`, as exp of `logit_scale`, from 1 to
     100); `logit_bias`, where the sigmoid's learned bias starts; `image_weight`, lambda, of the
-    direction in which an image picks its text; `duplicates`, what pairs of rows with equal texts
-    are: 'none' (negatives, as in the paper), 'mask' (left out) or 'multi' (positives);
+    softmax's direction in which an image picks its text; `duplicates`, what pairs of rows with
+    equal texts are: 'none' (negatives, as in the paper), 'mask' (left out) or 'multi' (positives);
     `image_image` and `text_text`, weights of the terms between two images (two views where
     `config.data.pairs` is None) and two texts (`config.data.text.texts=2`) of a row; `head_layers`,
     `head_dim`, `head_hidden` (0: the encoder's width). With several images or texts a row, the
@@ -55,7 +58,7 @@ class Objective(base.Objective):
     """
 
     IMAGES_PER_EXAMPLE = (1, 2)
-    TRANSFER = ("params/backbone/.*", "batch_stats/backbone/.*")
+    TRANSFER = ("params/backbone/.*", "batch_stats/backbone/.*", "params/text/.*")
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)
@@ -72,17 +75,25 @@ class Objective(base.Objective):
         )
         self.SHARDING = (*self.SHARDING, *bert.SHARDING)
         self.FROZEN = bert.frozen_patterns("text", self.text.train_after_layer)
-        shape = {
-            "num_layers": self.config["head_layers"],
-            "hidden_dim": self.config["head_hidden"] or None,
-            "out_dim": self.config["head_dim"],
-            "dtype": self.dtype,
-        }
-        self.head, self.text_head = heads.PlainHead(**shape), heads.PlainHead(**shape)
+        self.head = heads.ProjectionHead(  # section 2.1: g_v and g_u
+            num_layers=self.config["head_layers"],
+            hidden_dim=self.config["head_hidden"] or None,
+            out_dim=self.config["head_dim"],
+            norms="none",
+            kernel_init=heads.lecun_init,
+            dtype=self.dtype,
+        )
+        self.text_head = self.head.clone()
 
     def _check(self, config: Mapping[str, Any], data: base.DataSpec) -> None:
         own = self.config
         base.check_temperature(own)
+        base.check_widths(own, "head_dim", "head_layers")
+        if own["learn_temperature"] and not 1 / MAX_SCALE <= own["temperature"] <= 1:
+            raise UserError(
+                f"config.objective.temperature={own['temperature']} with learn_temperature: valid: "
+                f"{1 / MAX_SCALE:g} to 1, the limits of what is learned"
+            )
         for key, choices in (("loss", LOSSES), ("duplicates", DUPLICATES)):
             if own[key] not in choices:
                 raise UserError(
@@ -95,6 +106,12 @@ class Objective(base.Objective):
             raise UserError(
                 "objective 'convirt' needs texts; set config.data.text.tokeniser to a folder with "
                 "a tokeniser of transformers or a vocab.txt"
+            )
+        started = any(config["init_from"][k] for k in ("text_weights", "stage", "checkpoints"))
+        if data.total_steps and not started and config["text_model"]["train_after_layer"] >= 0:
+            log.warning(
+                "the text tower starts at random, its frozen layers stay so: give "
+                "init_from.text_weights, or train all with config.text_model.train_after_layer=-1"
             )
         if own["text_text"] and config["data"]["text"]["texts"] < 2:
             raise UserError(
@@ -110,7 +127,7 @@ class Objective(base.Objective):
             "text_head": (self.text_head, self.text.feature_dim),
         }
         params, stats = self.init_modules(image_key, batch_spec, **modules)
-        tokens = jnp.zeros((2, batch_spec["tokens"].shape[-1]), jnp.int32)
+        tokens = jnp.zeros((2, _texts_of(batch_spec)[0].shape[-1]), jnp.int32)
         mask = jnp.ones_like(tokens, bool)
         params["text"] = self.text.init(text_key, tokens, mask, train=False)["params"]
         if self.config["learn_temperature"]:
@@ -124,7 +141,7 @@ class Objective(base.Objective):
 
         With one image a row and a term between images there are two views of it.
         """
-        count = batch["image"].shape[1]
+        texts, count = _texts_of(batch), batch["image"].shape[1]
         which = list(range(count))
         if count == 1 and self.config["image_image"]:
             which = [0, 0]
@@ -136,7 +153,7 @@ class Objective(base.Objective):
                 views.append(augment.augment(self.augmentation, view_key, images, boxes))
             else:
                 views.append(augment.eval_transform(self.augmentation, images, boxes))
-        return Inputs(jnp.stack(views, axis=1), batch["tokens"], batch["token_mask"])
+        return Inputs(jnp.stack(views, axis=1), *texts)
 
     def embed(
         self, params: Any, batch_stats: Any, extra: Any, inputs: Inputs, key: jax.Array,
@@ -160,7 +177,7 @@ class Objective(base.Objective):
         texts = _project("text_head", self.text_head, params, outputs.texts, train)  # BRP
         scale = self._scale(params)
 
-        def contrast(v: jax.Array, u: jax.Array, weight: float, ids: jax.Array | None) -> Any:
+        def contrast(v: jax.Array, u: jax.Array, weight: float, ids: Any) -> Any:
             duplicates = self.config["duplicates"] if ids is not None else "none"
             settings = {"scale": scale, "ids": ids, "duplicates": duplicates}
             if self.config["loss"] == "sigmoid":
@@ -188,8 +205,8 @@ class Objective(base.Objective):
             metrics["image_image_loss"] = term
             total = total + self.config["image_image"] * term
         if self.config["text_text"]:
-            # two texts of one row are its positive pair, so only the first's id can be equal
-            term = contrast(texts[:, 0], texts[:, 1], 0.5, batch["text_id"][:, 0]).loss
+            both = (batch["text_id"][:, 0], batch["text_id"][:, 1])
+            term = contrast(texts[:, 0], texts[:, 1], 0.5, both).loss
             metrics["text_text_loss"] = term
             total = total + self.config["text_text"] * term
         probe_loss, probe_metrics = self.probe_loss(params, outputs.images, batch["labels"])
@@ -210,8 +227,8 @@ class Objective(base.Objective):
             return losses.l2_normalize(projected[:, 0])
 
         def text(state: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-            tokens, mask = batch["tokens"][:, :1], batch["token_mask"][:, :1]
-            features = self._encode_texts(state.params, tokens, mask, jax.random.key(0), False)
+            first = (x[:, :1] for x in _texts_of(batch))
+            features = self._encode_texts(state.params, *first, jax.random.key(0), False)
             projected = _project("text_head", self.text_head, state.params, features, False)
             return losses.l2_normalize(projected[:, 0])
 
@@ -235,7 +252,35 @@ class Objective(base.Objective):
         """1 / temperature."""
         if not self.config["learn_temperature"]:
             return 1.0 / self.config["temperature"]
-        return jnp.exp(jnp.clip(params["logit_scale"], 0.0, math.log(MAX_SCALE)))
+        return jnp.exp(_limited(params["logit_scale"]))
+
+
+@jax.custom_vjp
+def _limited(log_scale: jax.Array) -> jax.Array:
+    """Clipped to [0, ln 100], with a gradient that is 0 only where it leads further out.
+
+    A plain clip's is 0 everywhere outside: a scale that one step took past a limit would stay.
+    """
+    return jnp.clip(log_scale, 0.0, math.log(MAX_SCALE))
+
+
+def _limited_backward(log_scale: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    too_low = (log_scale <= 0.0) & (gradient > 0)
+    too_high = (log_scale >= math.log(MAX_SCALE)) & (gradient < 0)
+    return (jnp.where(too_low | too_high, 0.0, gradient),)
+
+
+_limited.defvjp(lambda log_scale: (_limited(log_scale), log_scale), _limited_backward)
+
+
+def _texts_of(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Tokens and mask [B, R, T] of a batch, or of its form; `UserError` without."""
+    if "tokens" not in batch or "token_mask" not in batch:
+        raise UserError(
+            f"the text tower needs batches with tokens and token_mask, not of {', '.join(batch)}; "
+            "valid: training data with config.data.text, evaluators of 'encoder' or 'image'"
+        )
+    return batch["tokens"], batch["token_mask"]
 
 
 def _project(name: str, head: Any, params: Any, features: jax.Array, train: bool) -> jax.Array:

@@ -25,7 +25,7 @@ class Objective(base.Objective):
     """An image objective with a teacher.
 
     Config (`config.objective`): `momentum`, of the teacher; `momentum_schedule`, 'constant' or
-    'cosine', a cosine from there to 1 over `momentum_steps`.
+    'cosine', a cosine from there to 1 over the stage.
     """
 
     # heads differ among objectives; the teacher follows, see `handed_over`
@@ -40,11 +40,6 @@ class Objective(base.Objective):
             raise UserError(
                 f"config.objective.momentum_schedule='{own['momentum_schedule']}': "
                 f"valid: {', '.join(SCHEDULES)}"
-            )
-        if own["momentum_schedule"] == "cosine" and own["momentum_steps"] < 1:
-            raise UserError(
-                f"config.objective.momentum_steps={own['momentum_steps']}: valid: the steps over "
-                "which the momentum rises to 1"
             )
 
     def with_teacher(
@@ -75,7 +70,7 @@ class Objective(base.Objective):
         start = self.config["momentum"]
         if self.config["momentum_schedule"] == "constant":
             return start
-        progress = jnp.clip(step / self.config["momentum_steps"], 0.0, 1.0)
+        progress = jnp.clip(step / max(self.data.total_steps, 1), 0.0, 1.0)
         return 1 - (1 - start) * (jnp.cos(math.pi * progress) + 1) / 2
 
     def predict_fns(self) -> dict[str, Callable[[Any, Mapping[str, jax.Array]], jax.Array]]:
@@ -135,14 +130,18 @@ def infonce(s: jax.Array, temperature: float) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
 
 
-def nce(s: jax.Array, temperature: float, z: jax.Array, num_data: int) -> jax.Array:
+def nce(s: jax.Array, temperature: float, log_z: jax.Array, num_data: int) -> jax.Array:
     """Noise-contrastive estimation of scores [B, 1 + K] with a fixed normaliser (C2L's code).
 
     o = exp(s / temperature) / z; with P = 1 / num_data and m = K noise samples, the loss is
-    -(sum log o_0 / (o_0 + m P) + sum log m P / (o_i + m P)) / B.
+    -(sum log o_0 / (o_0 + m P) + sum log m P / (o_i + m P)) / B, where the released code adds 1e-7
+    to both denominators. Each o_i is about m P / K, so that the logarithms of K quotients near 1
+    are summed: as log(1 + exp(x)), which neither rounds the quotients nor overflows.
     """
-    o = jnp.exp(s / temperature) / z
+    log_o = s / temperature - log_z
     m_p = (s.shape[1] - 1) / num_data
-    positive = jnp.log(o[:, 0] / (o[:, 0] + m_p + NCE_EPS))
-    negative = jnp.sum(jnp.log(m_p / (o[:, 1:] + m_p + NCE_EPS)), axis=1)
-    return -jnp.mean(positive + negative)
+    log_m_p = math.log(m_p + NCE_EPS)
+    positive = jax.nn.softplus(log_m_p - log_o[:, 0])
+    negative = jnp.sum(jax.nn.softplus(log_o[:, 1:] - log_m_p), axis=1)
+    # eps is in the denominators alone
+    return jnp.mean(positive + negative) + (s.shape[1] - 1) * math.log1p(NCE_EPS / m_p)

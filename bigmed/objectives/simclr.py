@@ -28,6 +28,7 @@ class Objective(base.Objective):
                 "valid: mean, sum"
             )
         base.check_temperature(self.config)
+        base.check_widths(self.config, "head_dim")
         self.head = heads.ProjectionHead(
             num_layers=self.config["head_layers"],
             hidden_dim=self.config["head_hidden"] or None,
