@@ -122,9 +122,9 @@ def _start_jax() -> None:
             raise errors.UserError(
                 f"--distributed: {error} (give --coordinator, --num_processes and --process_id)"
             ) from error
-    # Programs that CPU hosts read back from the cache send their messages in no fixed order, and
-    # the hosts then take one for another (jax 0.10, Gloo).
-    if COMPILE_CACHE.value and not (DISTRIBUTED.value and jax.default_backend() == "cpu"):
+    # Programs for several CPU devices or hosts that are read back from the cache begin their
+    # collectives in no fixed order, and then wait for one another for ever (jax 0.10).
+    if COMPILE_CACHE.value and not (jax.default_backend() == "cpu" and jax.device_count() > 1):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -2,14 +2,10 @@
 
 import os
 import pathlib
-import tempfile
 
 # Before jax is imported. Programs here are compiled far longer than they run.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
-# Each device may wait in several collectives at once, on a thread each. Of the eight threads that
-# a small machine gets for eight devices none may be left for the one that all wait for.
-os.environ.setdefault("PJRT_NPROC", "64")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -18,10 +14,6 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same programs: the loss on one device, a stage once more.
-COMPILED = tempfile.TemporaryDirectory(prefix="bigmed-tests-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 
 REPO = pathlib.Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ def start_two(command, env=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": f"{TESTS}:{TESTS.parent}", **(env or {})}
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", **(env or {})}
     return [
         subprocess.Popen(
             command(port, str(number)), cwd=TESTS.parent, env=env, text=True,
