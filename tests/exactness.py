@@ -30,20 +30,18 @@ def mesh_of(*sizes):
     )
 
 
-def evaluate(objective, batch, mesh, nudge=False, **micro):
-    """(loss, metrics, statistics, gradients) of a fresh state, computed on the mesh.
+def evaluate(objective, batch, mesh, **micro):
+    """(loss, metrics, statistics, gradients) of a fresh state, computed on the mesh."""
+    return evaluator(objective, batch, mesh, **micro)()
+
+
+def evaluator(objective, batch, mesh, **micro):
+    """A function that does what `evaluate` does, to be compiled once.
 
     With `nudge` every parameter is first moved by one unit in its last place, up or down.
     """
     init = make_init(objective, NoOptimiser, batch, seed=0)
-    state = jax.jit(init)()
-    if nudge:
-        rng = np.random.default_rng(0)
-        sign = jax.tree.map(lambda x: rng.choice([-1, 1], x.shape), state.params)
-        ulp = np.float32(2**-23)
-        state = state.replace(
-            params=jax.tree.map(lambda x, s: x * (1 + s * ulp), state.params, sign)
-        )
+    fresh = jax.device_get(jax.jit(init)())
     shardings = sharding.tree_shardings(jax.eval_shape(init), mesh, objective.SHARDING)
     block, num_blocks = sharding.host_block(mesh)
     mine = {name: np.split(rows, num_blocks)[block] for name, rows in batch.items()}
@@ -55,11 +53,22 @@ def evaluate(objective, batch, mesh, nudge=False, **micro):
         (loss, aux), grads = loss_and_grads(objective, state, batch, MicroBatches(**micro))
         return loss, aux["metrics"], aux["batch_stats"], grads
 
-    with jax.set_mesh(mesh):
-        state = jax.tree.map(place, jax.device_get(state), shardings)
-        placed = sharding.put_batch(mine, sharding.batch_sharding(mesh))
-        found = jax.jit(found, out_shardings=sharding.replicated(mesh))
-        return jax.device_get(found(state, placed))
+    found = jax.jit(found, out_shardings=sharding.replicated(mesh))
+
+    def run(nudge=False):
+        state = fresh
+        if nudge:
+            rng = np.random.default_rng(0)
+            sign = jax.tree.map(lambda x: rng.choice([-1, 1], x.shape), fresh.params)
+            ulp = 2.0**-23
+            moved = jax.tree.map(lambda x, s: np.float32(x * (1 + s * ulp)), fresh.params, sign)
+            state = fresh.replace(params=moved)
+        with jax.set_mesh(mesh):
+            state = jax.tree.map(place, state, shardings)
+            placed = sharding.put_batch(mine, sharding.batch_sharding(mesh))
+            return jax.device_get(found(state, placed))
+
+    return run
 
 
 def relative_difference(got, want):
@@ -83,7 +92,8 @@ def assert_same(got, want, nudged):
 def assert_same_everywhere(objective, batch, meshes=((8, 1, 1), (2, 2, 2)), parts=()):
     """On other meshes and in so many parts all is as on one device at once; returns the latter."""
     one = mesh_of(1, 1, 1)
-    want, nudged = evaluate(objective, batch, one), evaluate(objective, batch, one, nudge=True)
+    at_once = evaluator(objective, batch, one)
+    want, nudged = at_once(), at_once(nudge=True)
     ways = [(mesh_of(*sizes), 1) for sizes in meshes] + [(one, count) for count in parts]
     for mesh, count in ways:
         got = evaluate(objective, batch, mesh, count=count)

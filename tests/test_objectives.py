@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exactness import NoOptimiser, assert_same, assert_same_everywhere, evaluate, mesh_of
+from exactness import (
+    NoOptimiser,
+    assert_same,
+    assert_same_everywhere,
+    evaluate,
+    evaluator,
+    mesh_of,
+)
 from ml_collections import ConfigDict
 
 from bigmed import tree
@@ -114,18 +121,20 @@ def test_in_parts_is_the_gradient_of_the_whole_batch():
     config = ConfigDict(stage_config().to_dict())
     config.model = common.vit("mu/16")  # no batch norm; the head's sees the whole batch
     objective, batch = simclr.Objective(config, DATA), make_batch(1)
-    want = assert_same_everywhere(objective, batch, meshes=(), parts=(2,))
-    nudged = evaluate(objective, batch, mesh_of(1, 1, 1), nudge=True)
-    assert_same(evaluate(objective, batch, mesh_of(2, 2, 2), count=2), want, nudged)
+    at_once = evaluator(objective, batch, mesh_of(1, 1, 1))
+    want, nudged = at_once(), at_once(nudge=True)
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        assert_same(evaluate(objective, batch, mesh_of(*sizes), count=2), want, nudged)
 
 
 def test_in_parts_with_batch_norm_frozen_or_of_each_part():
     objective, batch = simclr.Objective(stage_config(), DATA), make_batch(1)
     mesh = mesh_of(1, 1, 1)
-    two, four = (evaluate(objective, batch, mesh, count=n, batch_norm="frozen") for n in (2, 4))
-    assert_same(four, two, evaluate(objective, batch, mesh, True, count=2, batch_norm="frozen"))
+    two, four = (evaluator(objective, batch, mesh, count=n, batch_norm="frozen") for n in (2, 4))
+    found = two()
+    assert_same(four(), found, two(nudge=True))
     fresh = objective.init(jax.random.key(0), batch)[1]
-    same = jax.tree.map(np.array_equal, two[2]["backbone"], jax.device_get(fresh["backbone"]))
+    same = jax.tree.map(np.array_equal, found[2]["backbone"], jax.device_get(fresh["backbone"]))
     assert all(jax.tree.leaves(same))
     micro = evaluate(objective, batch, mesh, count=2)
     assert abs(micro[0] - evaluate(objective, batch, mesh)[0]) > 1e-4  # fewer images to a norm
