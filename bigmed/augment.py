@@ -21,13 +21,10 @@ import numpy as np
 from bigmed import image_ops
 from bigmed.errors import UserError, did_you_mean
 
+_DECIDED = ("flip", "color", "grayscale", "blur", "solarize", "equalize", "cutout")
 # Least and greatest valid value of each number.
-_PROBS = tuple(
-    f"{name}_prob"
-    for name in ("flip", "color", "grayscale", "blur", "solarize", "equalize", "cutout")
-)
 _RANGES = {
-    **dict.fromkeys(_PROBS, (0.0, 1.0)),
+    **{f"{name}_prob": (0.0, 1.0) for name in _DECIDED},
     **dict.fromkeys(("crop_area_min", "crop_area_max"), (1e-4, 1.0)),
     **dict.fromkeys(("crop_aspect_min", "crop_aspect_max"), (0.01, 100.0)),
     **dict.fromkeys(("jitter_brightness", "jitter_contrast", "jitter_saturation"), (0.0, 0.8)),
@@ -285,8 +282,8 @@ def _view(
     crop = _crop(config, crop_key, box)
     image = _resize(config, image, crop, draw["flip"] < config.flip_prob)
 
-    scales = {config.affine_scale_min, config.affine_scale_max} != {1.0}
-    if config.affine_degrees or config.affine_shift or scales:
+    scales = (config.affine_scale_min, config.affine_scale_max)
+    if config.affine_degrees or config.affine_shift or scales != (1, 1):
         image = _affine(config, jax.random.fold_in(key, 0), image)
     recolour = [_maybe_jitter, _maybe_grayscale]
     for change in recolour[::-1] if config.grayscale_first else recolour:
@@ -302,7 +299,7 @@ def _view(
         image = jnp.clip(image_ops.separable(image, matrix), 0.0, 1.0)
     if config.solarize_prob:
         on = jax.random.uniform(jax.random.fold_in(key, 1)) < config.solarize_prob
-        image = jnp.where(on, jnp.where(image < 0.5, image, 1.0 - image), image)
+        image = jnp.where(on & (image >= 0.5), 1.0 - image, image)
     if config.cutout_prob and config.cutout_size:
         holed, fill = image, np.zeros(image.shape[1], np.float32)
         if config.cutout_fill == "mean":

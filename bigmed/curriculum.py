@@ -348,18 +348,29 @@ def _evaluator(
     """One evaluator of a stage: no patient of its test may be in what its weights saw."""
     settings = dict(_fill_places(config.evaluator[name], config.data_root, workdir))
     evaluator_class = resolve(settings.pop("name", name), "bigmed.evaluators", "Evaluator")
-    representation = settings.pop("representation", "encoder")
     predict_fns = stage.objective.predict_fns()
-    if representation not in predict_fns:
-        raise UserError(
-            f"config.evaluator.{name}.representation='{representation}': "
-            f"{did_you_mean(representation, predict_fns)}"
-        )
-    if stage.total_steps and "test" in settings:
-        test = sources.open_source(settings["test"])
+    settings.setdefault("representation", "encoder")
+    for key in ("representation", "query_representation"):
+        value = settings.get(key)
+        if value is not None and value not in predict_fns:
+            raise UserError(
+                f"config.evaluator.{name}.{key}='{value}': {did_you_mean(value, predict_fns)}"
+            )
+        if value in stage.objective.OF_TEXTS and not settings.get("text"):
+            raise UserError(
+                f"config.evaluator.{name}.{key}='{value}' is of texts; give it a text section "
+                "as config.data.text is, if it is an evaluator that reads them (retrieval)"
+            )
+    representation = settings.pop("representation")
+    if settings.get("query_representation"):
+        of_query = settings["query_representation"]
+        settings["query_representation"] = (of_query, predict_fns[of_query])
+    if stage.total_steps:
         held_out = stage.validation.pipeline.sources if stage.validation else ()
-        for source in (*stage.pipeline.sources, *held_out):
-            sources.check_disjoint(source, test)
+        for key in getattr(evaluator_class, "HELD_OUT", ("test",)):
+            test = sources.open_source(settings[key])
+            for source in (*stage.pipeline.sources, *held_out):
+                sources.check_disjoint(source, test)
     try:
         return evaluator_class(
             predict_fns[representation],

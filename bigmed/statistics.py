@@ -10,7 +10,7 @@ that class's metrics.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -276,6 +276,49 @@ def resample(
 def estimate(scores: np.ndarray, *args: Any, **kwargs: Any) -> dict[str, Estimate]:
     """The metrics of one model [N, L] with intervals; the other arguments are `resample`'s."""
     return resample([scores], *args, **kwargs).estimates()
+
+
+def means(
+    values: Mapping[str, np.ndarray],
+    patients: np.ndarray,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Means of per-image values [N], NaN where undefined, with patients [N] resampled."""
+
+    def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
+        found = {}
+        for name, value in values.items():
+            known = np.isfinite(value)
+            total = weights[known].sum(axis=0)
+            with np.errstate(invalid="ignore"):
+                found[name] = value[known] @ weights[known] / np.where(total > 0, total, np.nan)
+        return found
+
+    whole = metrics(np.ones((len(patients), 1)))
+    return Resampled(
+        values={name: float(value[0]) for name, value in whole.items()},
+        samples=bootstrap(metrics, patients, num_resamples=num_resamples, seed=seed),
+        patients={name: patients[np.isfinite(value)] for name, value in values.items()},
+    ).estimates()
+
+
+def rows(
+    estimates: Mapping[str, Estimate], common: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A result row for each metric, with what all have in common; None where undefined."""
+    for metric, found in estimates.items():
+        yield {
+            **common,
+            "metric": metric,
+            "value": None if np.isnan(found.value) else found.value,
+            "ci_low": found.low,
+            "ci_high": found.high,
+            "n_images": found.n_images,
+            "n_patients": found.n_patients,
+            "undefined_resamples": found.undefined_resamples,
+        }
 
 
 def paired_difference(a: Resampled, b: Resampled) -> dict[str, Estimate]:

@@ -335,6 +335,36 @@ def set_evaluators(config: ConfigDict, folder: str, **overrides) -> None:
     )
 
 
+def retrieval(images: ConfigDict, **overrides) -> ConfigDict:
+    """How many of the images nearest to each one of a source are of its class."""
+    settings = {
+        "name": "retrieval",
+        "query": images,
+        "candidates": images,
+        "representation": "encoder",
+        "ks": (1, 5, 10, 50),
+        "classes": (),
+        "uncertain": "ignore",
+        "num_resamples": 1000,
+        "batch_size": 256,
+        "seed": 0,
+        **overrides,
+    }
+    return ConfigDict(settings)
+
+
+def add_retrieval(config: ConfigDict, images: ConfigDict, reports: ConfigDict, **overrides) -> None:
+    """Images by an image, and by a report through the two towers; `overrides` are of the first."""
+    config.evaluate += ("image_image", "text_image")
+    config.evaluator.image_image = retrieval(images, **overrides)
+    config.evaluator.text_image = retrieval(
+        reports,
+        representation="image",
+        query_representation="text",
+        text=ConfigDict(config.data.text),
+    )
+
+
 def set_micle_stages(config: ConfigDict, *, simclr_steps: int, further_steps: int) -> None:
     """Untrained, SimCLR, then from its weights MICLe, and as many further steps of SimCLR."""
     more = {
@@ -396,6 +426,7 @@ def smoke_with_texts(config: ConfigDict) -> ConfigDict:
     config.data.source.held_out = source(folder, "val")
     config.data.text = text(f"{folder}/vocab.txt", length=24, sections="all")
     config.text_model = bert(width=32, depth=2, heads=2, mlp_dim=64, train_after_layer=1)
+    add_retrieval(config, source(folder, "test"), source(folder, "test"))
     config.validate.every = 3
     config.optim.warmup_steps = 0
     return config

@@ -49,6 +49,8 @@ def get_config(arg: str = ""):
         ),
     )
     common.set_evaluators(config, "{data_root}/dataset")
+    test = common.source("{data_root}/dataset", "test")
+    common.add_retrieval(config, test, test)
     if arg == "clip":
         config.objective.update(temperature=0.07, learn_temperature=True, image_weight=0.5)
     if arg == "siglip":

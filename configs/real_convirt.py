@@ -20,11 +20,10 @@ def get_config(arg: str = ""):
     # MiniLM's shape; of its six layers the first three are frozen, as half of ConVIRT's
     config.text_model = common.bert(width=384, depth=6, mlp_dim=1536, train_after_layer=3)
     config.data.canvas = 128
-    config.data.batch_size = 16
+    config.data.batch_size = 10  # as many as there are patients to validate on
     config.data.text = common.text("{data_root}/tokeniser", length=48, sections="all")
     common.set_data(config, cxr_covid=common.source("{data_root}/cxr_covid", "train"))
-    # 11 patients with a note in 'val' are less than a batch; nothing else is tested on these films
-    config.data.source.held_out = common.source("{data_root}/cxr_covid", "val+test")
+    config.data.source.held_out = common.source("{data_root}/cxr_covid", "val")
     config.augment = common.augmentation("convirt", 64)
     config.objective = common.convirt_objective(head_dim=128)  # U; the paper's is 512
     config.optim = common.optimizer(
@@ -35,11 +34,13 @@ def get_config(arg: str = ""):
     config.checkpoint.every = 100
     config.stages = ("untrained", "scratch", "convirt")
     config.stage.untrained = common.stage(steps=0)
-    config.stage.scratch = common.stage(steps=120, text_model={"train_after_layer": -1})
+    config.stage.scratch = common.stage(steps=190, text_model={"train_after_layer": -1})
     config.stage.convirt = common.stage(
-        steps=120, init_from=common.init_from(text_weights="{data_root}/minilm")
+        steps=190, init_from=common.init_from(text_weights="{data_root}/minilm")
     )
     common.set_evaluators(config, "{data_root}/cxr_nih", classes=common.CXR_FINDINGS)
+    nih, covid = (common.source("{data_root}/" + name, "test") for name in ("cxr_nih", "cxr_covid"))
+    common.add_retrieval(config, nih, covid, classes=common.CXR_FINDINGS)
     if arg == "smoke":
         config = common.smoke_with_texts(config)
         config.stage.convirt.init_from = common.init_from(stage="scratch")

@@ -18,7 +18,7 @@ from bigmed.data import schema, texts
 from bigmed.data.decode import BatchDecoder, available_cores
 from bigmed.data.indexing import digest
 from bigmed.data.pairs import EveryUnit, Plan, Units, hash64, integer_proportions
-from bigmed.data.sources import Source, open_source
+from bigmed.data.sources import Source, joined_patients, open_source
 from bigmed.errors import UserError, did_you_mean
 
 _EVAL_PREFETCH = 2
@@ -111,7 +111,7 @@ class Pipeline:
             self._bits,
             max(1, threads // max(1, workers)),
         )
-        patients = _joined_patients(self.sources)
+        patients = joined_patients(self.sources)
         assemble = _Assemble(decoder, labels, patients, rows.start, self._texts, seed)
         self._batches = grain.MapDataset.source(plan).map(assemble)
 
@@ -276,7 +276,10 @@ class _Assemble:
         for number, own in enumerate(self._texts):
             mine = np.flatnonzero((source == number) & (records >= 0))
             mine = mine[own.has_text[records[mine]]]  # in evaluation some have none
-            drawn = own.draw(records[mine], self._text_keys[number], visits[mine])
+            if self._evaluation:
+                drawn = own.fixed(records[mine])
+            else:
+                drawn = own.draw(records[mine], self._text_keys[number], visits[mine])
             for name, rows in drawn.items():
                 batch[name][mine] = rows
         return batch
@@ -386,15 +389,3 @@ def _joined_labels(sources: Sequence[Source]) -> tuple[tuple[str, ...], list[np.
         labels[:, [names.index(name) for name in source.class_names]] = source.labels
         joined.append(labels)
     return names, joined
-
-
-def _joined_patients(sources: Sequence[Source]) -> list[np.ndarray]:
-    """Patient codes of each source, int32 [N], equal for equal people only."""
-    codes: dict[tuple, int] = {}
-    joined = []
-    for number, source in enumerate(sources):
-        # Without patient ids the keys mean nothing outside their source.
-        space = source.id_space if source.has_patients else number
-        table = [codes.setdefault((space, key), len(codes)) for key in source.patient_keys]
-        joined.append(np.array(table, np.int32)[source.patients])
-    return joined

@@ -175,6 +175,19 @@ def check_disjoint(*sources: Source) -> None:
             )
 
 
+def joined_patients(sources: Sequence[Source]) -> list[np.ndarray]:
+    """Patient codes of each source, int32 [N], equal for equal people only."""
+    codes: dict[tuple, int] = {}
+    joined = []
+    for source in sources:
+        # Without patient ids the keys mean nothing outside their source.
+        named = source.has_patients
+        space = source.id_space if named else source.fingerprint
+        table = [codes.setdefault((named, space, k), len(codes)) for k in source.patient_keys]
+        joined.append(np.array(table, np.int32)[source.patients])
+    return joined
+
+
 # --------------------------------------------------------------------------------- TFDS directories
 
 

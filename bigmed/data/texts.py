@@ -125,6 +125,10 @@ class Texts:
                 drawn["text_id"][row, number] = one_id
         return drawn
 
+    def fixed(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """As `draw`, always the same texts."""
+        return self.draw(records, 0, records)
+
     def _joined(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """Units as one text, [CLS] a b c [SEP] padding, and its hash."""
         tokens, mask = self.tokens[units[0]], self.mask[units[0]]

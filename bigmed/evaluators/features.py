@@ -47,6 +47,7 @@ def extract(
     canvas: int,
     channels: int,
     batch_size: int,
+    text: Any = None,
     cache_dir: str | os.PathLike | None = None,
     cache_key: str = "",
 ) -> np.ndarray:
@@ -60,6 +61,8 @@ def extract(
       mesh: of `bigmed.sharding.make_mesh`.
       canvas, channels: form of the images, see `evaluation_batches`.
       batch_size: global; rounded up to a multiple of what the mesh divides rows over.
+      text: the source's `bigmed.data.texts.Texts`, where `predict_fn` reads them; the features of
+        records without text are zeros.
       cache_dir: where to keep the features; None to not keep them.
       cache_key: all else that they depend on: weights, layer, preprocessing.
 
@@ -87,9 +90,11 @@ def extract(
         batch_size=batch_size,
         block=block,
         num_blocks=num_blocks,
+        **({"text": text} if text else {}),
     )
     num_batches = math.ceil(len(source) / batch_size)
-    features = _compute(predict_fn, state, source, mesh, batches, num_batches)
+    usable = text.has_text if text else np.ones(len(source), bool)
+    features = _compute(predict_fn, state, source, mesh, batches, num_batches, usable)
     if path is not None and jax.process_index() == 0:
         write_npz(path, x=features)
     return features
@@ -107,6 +112,7 @@ def _compute(
     mesh: jax.sharding.Mesh,
     batches: Iterable[Mapping[str, np.ndarray]],
     num_batches: int,
+    usable: np.ndarray,
 ) -> np.ndarray:
     predict, rows = jax.jit(predict_fn), sharding.batch_sharding(mesh)
     features, seen = None, np.zeros(len(source), bool)
@@ -118,6 +124,7 @@ def _compute(
         nonlocal features, num_done
         x, record, mask = map(_on_host, in_flight.popleft())
         x, record = x[mask].astype(np.float32), record[mask]
+        x[~usable[record]] = 0.0
         finite = np.isfinite(x).all(axis=1)
         if not finite.all():
             raise NonFiniteError(

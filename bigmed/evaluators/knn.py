@@ -70,31 +70,51 @@ class Evaluator(Probe):
 
 
 def nearest(
-    x: np.ndarray, queries: np.ndarray, k: int, mesh: jax.sharding.Mesh
+    x: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    mesh: jax.sharding.Mesh,
+    left_out: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar rows of x [N, D] to each of queries [M, D], the most similar first.
 
     Memory on the devices is linear in N: the queries go in chunks, divided over the mesh.
 
+    Args:
+      left_out: pairs of codes, int32 [N] of the rows and [M] of the queries: rows of a query's own
+        code are not for it. No negative code is anyone's own.
+
     Returns:
-      Cosine similarities float32 [M, k] and row numbers int32 [M, k].
+      Cosine similarities float32 [M, k] and row numbers int32 [M, k]; where a query has fewer than
+      k rows the similarities of the others are -inf.
     """
     shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     chunk = max(1, min(CHUNK_ELEMENTS // len(x), len(queries)) // shards) * shards
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     search = jax.jit(_search, static_argnums=2, out_shardings=everywhere)
     known = place(x, everywhere)
+    own_codes = [place(of_x, everywhere) for of_x, _ in left_out]
     parts = []
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
-        padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
-        found = search(known, place(padded, rows), k)
+        missing = chunk - len(part)
+        padded = np.pad(part, ((0, missing), (0, 0)))
+        codes = [
+            (of_x, place(np.pad(of_query[start : start + chunk], (0, missing)), rows))
+            for of_x, (_, of_query) in zip(own_codes, left_out, strict=True)
+        ]
+        found = search(known, place(padded, rows), k, codes)
         parts.append([np.asarray(array)[: len(part)] for array in found])
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def _search(x: jax.Array, queries: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _search(
+    x: jax.Array, queries: jax.Array, k: int, left_out: Sequence[tuple[jax.Array, jax.Array]]
+) -> tuple[jax.Array, jax.Array]:
     similarity = jnp.einsum("md,nd->mn", _unit(queries), _unit(x), precision="highest")
+    for of_x, of_query in left_out:
+        own = (of_query[:, None] == of_x[None]) & (of_query[:, None] >= 0)
+        similarity = jnp.where(own, -jnp.inf, similarity)
     return jax.lax.top_k(similarity, k)
 
 

@@ -56,6 +56,7 @@ class Probe(abc.ABC):
     """
 
     NAME = ""  # how result rows and files call the evaluator
+    HELD_OUT = ("test",)  # sources none of whose patients may have been trained on
 
     def __init__(
         self,
@@ -265,16 +266,7 @@ class Probe(abc.ABC):
             "synthetic": test.synthetic,
             "predictions": predictions,
         }
-        for metric, found in estimates.items():
-            yield common | {
-                "metric": metric,
-                "value": None if np.isnan(found.value) else found.value,
-                "ci_low": found.low,
-                "ci_high": found.high,
-                "n_images": found.n_images,
-                "n_patients": found.n_patients,
-                "undefined_resamples": found.undefined_resamples,
-            }
+        yield from statistics.rows(estimates, common)
 
     def _write_predictions(
         self, scores: np.ndarray, labels: np.ndarray, checkpoint: str

@@ -19,6 +19,7 @@
                                -> (batch_stats, extra): what follows from parameters and statistics
                                that were taken from elsewhere
   predict_fns()                -> {name: f(state, batch) -> [B, D] float32}
+  OF_TEXTS                     names of those that read the batch's texts
   preprocessing()              what `predict_fns` do to an image
 
 All of them are pure; a batch holds global arrays (`bigmed.data.pipeline`). The cut between `embed`
@@ -71,6 +72,7 @@ class Objective:
     IMAGES_PER_EXAMPLE: tuple[int, ...] = (1,)
     TRANSFER = ("params/(backbone|head)/.*", "batch_stats/(backbone|head)/.*")
     FROZEN: tuple[str, ...] = ()
+    OF_TEXTS: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any], data: DataSpec):
         self.config = config["objective"]
