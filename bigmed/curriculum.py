@@ -2,24 +2,24 @@
 
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from bigmed import augment, checkpoint, sharding, train, tree
+from bigmed import augment, checkpoint, metrics, sharding, sweep, train, tree
 from bigmed.convert import weights as foreign
 from bigmed.data import phantom, sources
 from bigmed.errors import Preempted, UserError, did_you_mean
-from bigmed.record import Record, check_config, settings_digest, write_config
+from bigmed.record import Record, check_config, write_config
 from bigmed.report import html, table
 from bigmed.resolve import resolve
 
 log = logging.getLogger("bigmed")
 
 NOT_PER_STAGE = (
-    "stages", "stage", "seeds", "evaluate", "evaluator", "phantom", "mesh", "data_root"
+    "stages", "stage", "seeds", "evaluate", "evaluator", "sweep", "phantom", "mesh", "data_root"
 )  # fmt: skip
 
 
@@ -37,12 +37,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
     Raises:
       UserError: see `bigmed.errors`. Preempted, NonFiniteError: see `bigmed.train`.
     """
-    plan = list(_plan(config))
+    plan, cells = list(_plan(config)), sweep.cells(config)
     mesh = sharding.make_mesh(config.mesh)
     main_process = jax.process_index() == 0
     check_config(config, workdir)
     record = Record(workdir, plan)
-    if record.finished(config):
+    if record.finished(cells):
         log.info("%s is finished", workdir)
         if main_process:
             html.write_report(workdir)
@@ -51,17 +51,17 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
         # Every stage of the first seed is built before any is run: mistakes are found at once, not
         # in the night. The other seeds differ in nothing that could be one.
         ready = {
-            entry["directory"]: _make_ready(entry, config, mesh, workdir, record)
+            entry["directory"]: _make_ready(entry, config, cells, mesh, workdir, record)
             for entry in plan[: len(config.stages)]
         }
         if main_process:
             write_config(config, workdir)
         stop = train.preemption_watch(stop)
         for entry in plan:
-            if _left_to_do(entry, config, record):
+            if not record.is_done(entry) or record.not_evaluated(entry, cells):
                 made = ready.pop(entry["directory"], None)
-                stage, evaluators = made or _make_ready(entry, config, mesh, workdir, record)
-                _run_entry(entry, stage, evaluators, config, workdir, record, stop)
+                stage, evaluators = made or _make_ready(entry, config, cells, mesh, workdir, record)
+                _run_entry(entry, stage, evaluators, workdir, record, stop)
     if main_process:
         html.write_report(workdir)
     return table.format_table(record.rows)
@@ -72,11 +72,6 @@ def _plan(config: ConfigDict) -> Iterator[dict[str, Any]]:
     for key in ("stages", "seeds"):
         if not config[key]:
             raise UserError(f"config.{key} is empty; give at least one")
-    for name in config.evaluate:
-        if name not in config.evaluator:
-            raise UserError(
-                f"config.evaluate names '{name}': {did_you_mean(name, config.evaluator)}"
-            )
     for name in config.stages:
         if name not in config.stage:
             raise UserError(f"config.stages names '{name}': {did_you_mean(name, config.stage)}")
@@ -145,11 +140,13 @@ def _fill_places(config: Any, data_root: str, workdir: pathlib.Path) -> Any:
 def _make_ready(
     entry: Mapping[str, Any],
     config: ConfigDict,
+    cells: Sequence[sweep.Cell],
     mesh: Any,
     workdir: pathlib.Path,
     record: Record,
-) -> tuple[train.Stage, dict[str, Any]]:
-    """A stage and those of its evaluators that have not run, their configs and data checked."""
+) -> tuple[train.Stage, list[tuple[sweep.Cell, Any]]]:
+    """A stage and its cells that have not run, each with its evaluator; configs and data checked.
+    """
     stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
     source = stage_config.init_from
     earlier = config.stages[: config.stages.index(entry["name"])]
@@ -179,27 +176,21 @@ def _make_ready(
         weights, load, skip, _ = _handed_over(stage, record, workdir)
         abstract = {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
         tree.merge(abstract, weights, load, skip)  # refuses what does not fit, before anything runs
-    return stage, {
+    missing = record.not_evaluated(entry, cells)
+    whole = {  # a sweep opens the data sets of an evaluator once
         name: _evaluator(name, config, stage, workdir, record.hash_key)
-        for name in _not_evaluated(entry, config, record)
+        for name in dict.fromkeys(cell.evaluator for cell in missing)
     }
-
-
-def _not_evaluated(entry: Mapping[str, Any], config: ConfigDict, record: Record) -> list[str]:
-    """The evaluators that have not run on a stage, or ran with other settings."""
-    done = record.evaluated(entry)
-    return [name for name in config.evaluate if done.get(name) != settings_digest(config, name)]
-
-
-def _left_to_do(entry: Mapping[str, Any], config: ConfigDict, record: Record) -> bool:
-    return not record.is_done(entry) or bool(_not_evaluated(entry, config, record))
+    return stage, [
+        (cell, whole[cell.evaluator].with_subset(*cell.subset) if cell.subset else whole[cell.name])
+        for cell in missing
+    ]
 
 
 def _run_entry(
     entry: Mapping[str, Any],
     stage: train.Stage,
-    evaluators: Mapping[str, Any],
-    config: ConfigDict,
+    evaluators: Sequence[tuple[sweep.Cell, Any]],
     workdir: pathlib.Path,
     record: Record,
     stop: Callable[[], bool],
@@ -221,14 +212,20 @@ def _run_entry(
     )
     state, weights = train.run_stage(stage, state, stop)
     record.update(entry, state="done", steps=stage.total_steps, weights=weights)
-    for name, evaluator in evaluators.items():
+    progress = None
+    if evaluators and jax.process_index() == 0:
+        progress = metrics.Progress(f"{stage.label}: evaluations", len(evaluators))
+    for number, (cell, evaluator) in enumerate(evaluators, start=1):
         if stop():
-            raise Preempted(f"{stage.label}: stopped on request before '{name}'; it is trained")
-        rows = evaluator.run(state, checkpoint=f"{stage.label}/{weights}")
-        common = {"stage": entry["name"], "evaluator": name, "seed": entry["seed"]}
-        rows = [{**common, **row} for row in rows]
-        record.add_rows(entry, name, settings_digest(config, name), rows)
-        log.info("%s: evaluated with %s", stage.label, name)
+            raise Preempted(
+                f"{stage.label}: stopped on request before '{cell.name}'; it is trained"
+            )
+        rows = list(evaluator.run(state, checkpoint=f"{stage.label}/{weights}"))
+        record.add_rows(entry, cell, rows)
+        if progress is not None:
+            progress.update(number, " ".join([cell.name, *map(table.describe_row, rows[:1])]))
+    if progress is not None:
+        progress.close()
 
 
 def _describe_encoder(config: ConfigDict) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """What a workdir says of its run: config.json, curriculum.json, results.json."""
 
-import hashlib
 import json
 import pathlib
 import platform
 import secrets
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from bigmed import __version__, metrics, tree
 from bigmed.errors import UserError
+from bigmed.sweep import Cell
 
 # What may change between two runs in one workdir, because no result depends on it.
 FREE_KEYS = (
@@ -26,6 +26,7 @@ FREE_KEYS = (
     ".*data/(workers|threads|prefetch)",
     "evaluate.*",
     "evaluator/.*",
+    "sweep/.*",
 )
 # What keys stand for in a run that is older than they are.
 INTRODUCED = {
@@ -66,14 +67,18 @@ class Record:
             return False
         return self.weights_of(stage["name"], stage["seed"]).is_dir()
 
-    def evaluated(self, entry: Mapping[str, Any]) -> dict[str, str]:
-        """The evaluators that have run on a stage, and the digests of their settings."""
+    def not_evaluated(self, entry: Mapping[str, Any], cells: Sequence[Cell]) -> list[Cell]:
+        """The cells that have not run on a stage, or ran with other settings."""
+        done = self._evaluated(entry)
+        return [cell for cell in cells if done.get(cell.name) != cell.digest()]
+
+    def _evaluated(self, entry: Mapping[str, Any]) -> dict[str, str]:
+        """The cells that have run on a stage, and the digests of their settings."""
         return self._stages[entry["directory"]].get("evaluated", {})
 
-    def finished(self, config: ConfigDict) -> bool:
-        wanted = {name: settings_digest(config, name) for name in config.evaluate}
+    def finished(self, cells: Sequence[Cell]) -> bool:
         return all(
-            self.is_done(stage) and wanted.items() <= self.evaluated(stage).items()
+            self.is_done(stage) and not self.not_evaluated(stage, cells)
             for stage in self._stages.values()
         )
 
@@ -83,15 +88,22 @@ class Record:
             metrics.write_json(self._path, {"stages": list(self._stages.values())})
 
     def add_rows(
-        self, entry: Mapping[str, Any], name: str, settings: str, rows: list[dict[str, Any]]
+        self, entry: Mapping[str, Any], cell: Cell, rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Adds an evaluator's rows, in place of those of other settings or of a killed run."""
-        key = {"stage": entry["name"], "seed": entry["seed"], "evaluator": name}
-        kept = [row for row in self.rows if any(row[k] != v for k, v in key.items())]
-        self.rows = kept + [{k: metrics.json_safe(v) for k, v in row.items()} for row in rows]
+        """Adds a cell's rows, in place of those of other settings or of a killed run."""
+        origin = {"stage": entry["name"], "seed": entry["seed"]}
+        origin |= {"evaluator": cell.evaluator, "cell": cell.name}
+        kept = [row for row in self.rows if _cell_of(row) != _cell_of(origin)]
+        new = [{k: metrics.json_safe(v) for k, v in {**origin, **row}.items()} for row in rows]
+        self.rows = kept + new
         if jax.process_index() == 0:
             metrics.write_json(self._results, self.rows)
-        self.update(entry, evaluated={**self.evaluated(entry), name: settings})
+        self.update(entry, evaluated={**self._evaluated(entry), cell.name: cell.digest()})
+
+
+def _cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What ran on what; rows that are older than sweeps name the evaluator alone."""
+    return row["stage"], row["seed"], row.get("cell", row["evaluator"])
 
 
 def _secret(path: pathlib.Path) -> bytes:
@@ -102,11 +114,6 @@ def _secret(path: pathlib.Path) -> bytes:
         temporary.write_text(secrets.token_hex(32))
         temporary.rename(path)
     return bytes.fromhex(path.read_text()) if path.exists() else b""
-
-
-def settings_digest(config: ConfigDict, name: str) -> str:
-    """Tells one evaluator's settings from others."""
-    return hashlib.sha256(config.evaluator[name].to_json_best_effort().encode()).hexdigest()[:16]
 
 
 def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:

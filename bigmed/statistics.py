@@ -18,7 +18,8 @@ import numpy as np
 from bigmed.errors import UserError, did_you_mean
 
 UNCERTAIN = -1
-UNCERTAIN_POLICIES = ("ignore", "zeros", "ones")
+TRAINING_POLICIES = ("smooth", "three_class")  # of training alone: `parts.training_targets`
+UNCERTAIN_POLICIES = ("ignore", "zeros", "ones", *TRAINING_POLICIES)
 TASKS = ("single_label", "multi_label")
 CHUNK_ELEMENTS = 2**22  # images x resamples held at once: 32 MiB an array
 # Share of resamples that must be defined for an interval to be given. A class seen in one patient
@@ -49,7 +50,7 @@ class Estimate:
 
 
 def apply_label_policy(labels: np.ndarray, uncertain: str) -> np.ndarray:
-    """Labels with the uncertain ones (-1) left as they are ('ignore'), or made 0 or 1.
+    """Labels with the uncertain ones (-1) made 0 ('zeros') or 1 ('ones'), or left as they are.
 
     Missing labels (-2) are never turned into negatives.
 
@@ -58,7 +59,7 @@ def apply_label_policy(labels: np.ndarray, uncertain: str) -> np.ndarray:
     """
     if uncertain not in UNCERTAIN_POLICIES:
         raise UserError(f"uncertain='{uncertain}': {did_you_mean(uncertain, UNCERTAIN_POLICIES)}")
-    if uncertain == "ignore":
+    if uncertain not in ("zeros", "ones"):
         return labels
     return np.where(labels == UNCERTAIN, uncertain == "ones", labels).astype(labels.dtype)
 

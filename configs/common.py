@@ -299,6 +299,7 @@ def base(arg: str = "", *valid: str) -> ConfigDict:
     config.stage = ConfigDict()
     config.evaluate = ()
     config.evaluator = ConfigDict()
+    config.sweep = ConfigDict({"fractions": (), "seeds": (0,)})  # few labels; `bigmed.sweep`
     return config
 
 

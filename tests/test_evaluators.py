@@ -20,7 +20,7 @@ from bigmed import sharding
 from bigmed.data import ingest, manifest, schema
 from bigmed.data.sources import open_source
 from bigmed.errors import NonFiniteError, UserError
-from bigmed.evaluators import features, knn, linear, probe
+from bigmed.evaluators import features, knn, labelled, linear, parts
 
 KEY = b"secret of the workdir"
 
@@ -42,6 +42,7 @@ class MemorySource:
         signal = 60 * (self.labels == 1) + rng.integers(0, 90, size=self.labels.shape)
         self.images.reshape(n, 16)[:, :num_classes] = signal
         self.patients = np.sort(rng.integers(max(n // 2, 1), size=n)).astype(np.int32)
+        self.cases, self.case_key = self.patients, "patient_id"
         self.patient_keys = [f"patient-{first_patient + i}" for i in range(max(n // 2, 1))]
         self.split_sha256, self.fingerprint = f"sha-{split}", f"print-{split}-{seed}-{n}"
         self.synthetic, self.has_patients = True, True
@@ -105,12 +106,12 @@ def toy(monkeypatch):
     sources = {}
     monkeypatch.setattr(features, "evaluation_batches", memory_batches)
     monkeypatch.setattr(
-        probe, "open_source", lambda config: sources[config["dir"], config["split"]]
+        labelled, "open_source", lambda config: sources[config["dir"], config["split"]]
     )
-    monkeypatch.setattr(probe, "check_disjoint", refuse_shared_patients)
+    monkeypatch.setattr(labelled, "check_disjoint", refuse_shared_patients)
 
     def fill(task="multi_label", sizes=(120, 60, 90), num_classes=3):
-        for i, (split, n) in enumerate(zip(probe.SPLITS, sizes, strict=True)):
+        for i, (split, n) in enumerate(zip(labelled.SPLITS, sizes, strict=True)):
             sources["toy", split] = MemorySource(
                 split, n, task=task, num_classes=num_classes, seed=i, first_patient=1000 * i
             )
@@ -120,7 +121,7 @@ def toy(monkeypatch):
 
 
 def settings(**overrides):
-    splits = {split: {"dir": "toy", "split": split} for split in probe.SPLITS}
+    splits = {split: {"dir": "toy", "split": split} for split in labelled.SPLITS}
     form = {"canvas": 4, "channels": 1, "preprocessing": {"size": 4}, "batch_size": 30}
     return {**splits, **form, "num_resamples": 50, "hash_key": KEY, **overrides}
 
@@ -295,7 +296,7 @@ def test_classes_that_cannot_be_learnt_score_alike_everywhere(mesh):
     scores = linear.predict(found, 0, x, "single_label")
     np.testing.assert_array_equal(scores[:, 1], 0)
     assert (scores.argmax(axis=1) == actual).mean() > 0.9
-    assert probe.learnable(labels).tolist() == [True, False, True]
+    assert parts.learnable(labels).tolist() == [True, False, True]
 
 
 # -------------------------------------------------------------------------------------------- k-NN
@@ -423,7 +424,7 @@ def test_the_setting_is_chosen_on_validation_not_on_test(toy, state, mesh):
 
 def test_refit_learns_from_validation_too(toy, state, mesh):
     sources = toy()
-    train, val, test = (sources["toy", split] for split in probe.SPLITS)
+    train, val, test = (sources["toy", split] for split in labelled.SPLITS)
     evaluator = linear.Evaluator(pixels, mesh, **settings(refit=True, l2_grid=(0.01,)))
     rows = {row["metric"]: row for row in evaluator.run(state, "x")}
     x = np.concatenate([s.images for s in (train, val)]).reshape(-1, 16).astype(np.float64)
@@ -447,14 +448,14 @@ def test_fractions_are_nested_by_patient_and_independent_of_the_split(toy, mesh)
     drawn = {}
     for fraction in (0.1, 0.3, 1.0):
         evaluator = linear.Evaluator(pixels, mesh, **settings(fraction=fraction, uncertain="ones"))
-        rows = evaluator._rows["train"]
+        rows = evaluator._parts["train"].rows
         drawn[fraction] = set(train.patients[rows])
         everyone = np.flatnonzero(np.isin(train.patients, list(drawn[fraction])))
         assert set(rows) == set(everyone)  # all images of a patient or none
     assert drawn[0.1] < drawn[0.3] < drawn[1.0]
     assert 0.22 < len(drawn[0.3]) / len(drawn[1.0]) < 0.38
     other = linear.Evaluator(pixels, mesh, **settings(fraction=0.3, seed=1))
-    assert set(train.patients[other._rows["train"]]) != drawn[0.3]
+    assert set(train.patients[other._parts["train"].rows]) != drawn[0.3]
 
 
 def test_undefined_and_untrained_classes_are_listed(toy, state, mesh):
@@ -492,7 +493,7 @@ def test_bad_input_is_refused_in_one_line(toy, mesh):
     good = dict(sources)
     sources["toy", "train"] = MemorySource("train", 20)
     sources["toy", "train"].labels[:] = 1
-    refused("at fraction=1.0 has no class with both positive and negative images")
+    refused("'toy/train' has no class with both positive and negative images")
     sources["toy", "train"] = good["toy", "train"]
     sources["toy", "val"] = MemorySource("val", 20, first_patient=0)
     refused("share patients")
@@ -585,7 +586,7 @@ def test_linear_and_knn_on_a_stored_data_set(stored, mesh8, tmp_path):
         return means.reshape(-1, 64) * state["scale"]
 
     state = {"scale": jnp.ones((1, 1))}
-    splits = {s: {"dir": str(stored / "sides"), "split": s} for s in probe.SPLITS}
+    splits = {s: {"dir": str(stored / "sides"), "split": s} for s in labelled.SPLITS}
     form = {"canvas": 32, "channels": 1, "preprocessing": {}, "batch_size": 16, "hash_key": KEY}
     kept = {"cache_dir": tmp_path / "features", "predictions_dir": tmp_path / "predictions"}
     test = open_source(splits["test"])

@@ -13,7 +13,7 @@ LAYERS = (
         *("sharding", "checkpoint", "metrics", "statistics"),
     ),
     ("models", "data"),
-    ("objectives", "evaluators", "report", "convert"),
+    ("objectives", "evaluators", "report", "convert", "sweep"),
     ("state", "step", "validation", "recorder", "record"),
     ("train", "curriculum"),
     ("main",),

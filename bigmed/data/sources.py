@@ -37,7 +37,8 @@ class Source:
       fingerprint: hash of what the split holds, wherever it lies.
       bits: 8 or 16, of the stored pixels.
       patients: int32 [N], codes into `patient_keys`.
-      cases: int32 [N], code of the case (`case` of the config) of each image.
+      cases: int32 [N], code of the case of each image.
+      case_key: what a case is, 'patient_id' or 'study_id' (`case` of the config).
       labels: int8 [N, L], label codes of `bigmed.data.schema`.
       patient_keys: patient id of each code. Never logged.
       has_patients: False where the data set names no patients and each image counts as its own.
@@ -54,6 +55,7 @@ class Source:
     bits: int
     patients: np.ndarray
     cases: np.ndarray
+    case_key: str
     labels: np.ndarray
     patient_keys: tuple[str, ...]
     has_patients: bool
@@ -133,6 +135,7 @@ def open_source(config: Mapping[str, Any]) -> Source:
             f"data set '{dataset}': labels are {index.labels.shape[1]} wide but there are "
             f"{len(class_names)} class names; prepare the data set again"
         )
+    case_key = str(config.get("case", CASES[0]))
     labels, class_names = _keep_classes(index.labels, class_names, config.get("classes"), dataset)
     files = [
         (os.path.basename(shard.path), os.path.getsize(shard.path), shard.skip, shard.take)
@@ -146,7 +149,8 @@ def open_source(config: Mapping[str, Any]) -> Source:
         fingerprint=digest(info.full_name, files, keys, class_names, labels, index.patients),
         bits=_bits(info.features[keys["image"]], keys["image"], dataset),
         patients=index.patients,
-        cases=_cases(index, str(config.get("case", CASES[0])), dataset),
+        cases=_cases(index, case_key, dataset),
+        case_key=case_key,
         labels=labels,
         patient_keys=index.patient_keys,
         has_patients="patient_id" in keys,

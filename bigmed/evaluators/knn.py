@@ -60,13 +60,13 @@ class Evaluator(Probe):
         self,
         settings: Sequence[Mapping[str, Any]],
         x: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         queries: np.ndarray,
     ) -> np.ndarray:
         """Shares of votes [G, M, L]."""
         ks = [setting["k"] for setting in settings]
         similarities, indices = nearest(x, queries, max(ks), self._mesh)
-        return votes(similarities, labels[indices], ks, prevalence(labels), self._temperature)
+        return votes(similarities, targets[indices], ks, prevalence(targets), self._temperature)
 
 
 def nearest(
@@ -122,15 +122,16 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def prevalence(labels: np.ndarray) -> np.ndarray:
-    """float64 [L]: share of positives among the known labels [N, L]; 0.5 where none is known."""
-    known = ((labels == 0) | (labels == 1)).sum(axis=0)
-    return np.where(known > 0, (labels == 1).sum(axis=0) / np.maximum(known, 1), 0.5)
+def prevalence(targets: np.ndarray) -> np.ndarray:
+    """float64 [L]: mean of the known targets [N, L]; 0.5 where none is known."""
+    known = (targets >= 0).sum(axis=0)
+    total = np.maximum(targets, 0).sum(axis=0, dtype=np.float64)
+    return np.where(known > 0, total / np.maximum(known, 1), 0.5)
 
 
 def votes(
     similarities: np.ndarray,
-    labels: np.ndarray,
+    targets: np.ndarray,
     ks: Sequence[int],
     prior: np.ndarray,
     temperature: float | None,
@@ -139,7 +140,7 @@ def votes(
 
     Args:
       similarities: [M, K], falling along K.
-      labels: [M, K, L] of the neighbours; values other than 0 and 1 do not vote.
+      targets: [M, K, L] of the neighbours, from 0 to 1; negative ones do not vote.
       ks: G numbers of at most K.
       prior: [L], the score where nobody votes.
       temperature: None for votes that count alike.
@@ -150,11 +151,11 @@ def votes(
     weights = np.ones(similarities.shape)
     if temperature is not None:
         weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
-    scores = np.empty((len(ks), len(labels), labels.shape[2]))
-    for c in range(labels.shape[2]):
-        of_class = labels[:, :, c]
-        positive = np.cumsum(weights * (of_class == 1), axis=1)  # [M, K]
-        known = np.cumsum(weights * ((of_class == 0) | (of_class == 1)), axis=1)
+    scores = np.empty((len(ks), len(targets), targets.shape[2]))
+    for c in range(targets.shape[2]):
+        of_class = targets[:, :, c]
+        positive = np.cumsum(weights * np.maximum(of_class, 0), axis=1)  # [M, K]
+        known = np.cumsum(weights * (of_class >= 0), axis=1)
         for g, k in enumerate(ks):
             p, n = positive[:, k - 1], known[:, k - 1]
             scores[g, :, c] = np.where(n > 0, p / np.where(n > 0, n, 1), prior[c])

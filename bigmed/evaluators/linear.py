@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigmed import sharding
+from bigmed import sharding, statistics
 from bigmed.errors import UserError
-from bigmed.evaluators.probe import Probe, learnable, place
+from bigmed.evaluators.parts import learnable
+from bigmed.evaluators.probe import Probe, place
 
 log = logging.getLogger("bigmed")
 
@@ -26,6 +27,7 @@ MIN_CURVATURE = 1e-6  # of a class's p (1 - p), for the units of `_solve_grid`
 LINE_STEPS = 20  # points that a line search tries
 # Largest element of the gradient, in the units of `_solve_grid`: aimed at, and accepted.
 TARGET, ACCEPTED = 1e-5, 1e-4
+SMALLEST_SIZE = 64  # images that a program is compiled for
 NEVER = -1e9  # logit of a class without training images
 
 
@@ -44,6 +46,9 @@ class Solution(NamedTuple):
 
 class Evaluator(Probe):
     """`Probe` by logistic regression: multinomial for single-label data, else one per class.
+
+    With `uncertain='three_class'` each class has a multinomial one of absent, present and uncertain
+    (U-MultiClass of CheXpert, arXiv 1901.07031), whose score is present / (absent + present).
 
     Args:
       l2_grid: strengths to choose from; the loss is mean cross-entropy + l2/2 ||W||^2 on features
@@ -79,13 +84,31 @@ class Evaluator(Probe):
         self,
         settings: Sequence[Mapping[str, Any]],
         x: np.ndarray,
-        labels: np.ndarray,
+        targets: np.ndarray,
         queries: np.ndarray,
     ) -> np.ndarray:
         """Probabilities [G, M, L]."""
         l2 = [setting["l2"] for setting in settings]
-        task = self._sources["train"].task
-        found = fit(x, labels, l2, task, self._mesh, max_iterations=self._max_iterations)
+        if self._uncertain != "three_class":
+            return self._fitted(l2, x, targets, queries, self._task)
+        scores = np.full((len(l2), len(queries), targets.shape[1]), 0.5)
+        for c in np.flatnonzero(learnable(targets)):
+            codes = np.array([0, 1, statistics.UNCERTAIN])
+            of_class = (targets[:, c, None] == codes).astype(np.int8)  # [N, 3]
+            known = of_class.any(axis=1)
+            p = self._fitted(l2, x[known], of_class[known], queries, "single_label")
+            scores[:, :, c] = p[:, :, 1] / np.maximum(p[:, :, 0] + p[:, :, 1], 1e-300)
+        return scores
+
+    def _fitted(
+        self,
+        l2: Sequence[float],
+        x: np.ndarray,
+        targets: np.ndarray,
+        queries: np.ndarray,
+        task: str,
+    ) -> np.ndarray:
+        found = fit(x, targets, l2, task, self._mesh, max_iterations=self._max_iterations)
         if not found.converged.all():
             late = ", ".join(f"{value:.1e}" for value in np.asarray(l2)[~found.converged])
             log.warning(
@@ -106,7 +129,7 @@ def predict(found: Solution, g: int, x: np.ndarray, task: str) -> np.ndarray:
 
 def fit(
     x: np.ndarray,
-    labels: np.ndarray,
+    targets: np.ndarray,
     l2: Sequence[float],
     task: str,
     mesh: jax.sharding.Mesh,
@@ -121,7 +144,7 @@ def fit(
 
     Args:
       x: float32 [N, D].
-      labels: [N, L], 1, 0, or anything else for unknown; one-hot for 'single_label'.
+      targets: [N, L] from 0 to 1, negative for unknown; one-hot for 'single_label'.
       l2: G strengths, positive.
       task: 'single_label' or 'multi_label'.
       mesh: the images are divided over it.
@@ -131,18 +154,18 @@ def fit(
     varies = std > 1e-6 * np.maximum(np.abs(mean), 1e-30)  # less is rounding
     scale = np.where(varies, 1 / np.where(varies, std, 1), 0)
     x = ((x - mean) * scale).astype(np.float32)
-    weights = _example_weights(labels, task)
-    offset = np.zeros(labels.shape[1], np.float32)
+    weights = _example_weights(targets, task)
+    offset = np.zeros(targets.shape[1], np.float32)
     if task == "single_label":
-        offset[~(labels == 1).any(axis=0)] = NEVER
+        offset[~(targets == 1).any(axis=0)] = NEVER
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    size = _padded_size(len(x), math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES))
     falling = np.argsort(np.negative(l2), kind="stable")  # see `_solve_grid`
-    split = (x, (labels == 1).astype(np.float32), weights)
+    split = (x, np.maximum(targets, 0).astype(np.float32), weights)
     shared = (offset, np.asarray(l2, np.float32)[falling])
     with jax.default_matmul_precision("highest"):
         solved = _solve_compiled(
-            *(place(_pad(array, shards), rows) for array in split),
+            *(place(_pad(array, size), rows) for array in split),
             *(place(array, everywhere) for array in shared),
             task == "single_label",
             max_iterations,
@@ -153,17 +176,24 @@ def fit(
     return Solution(kernel, bias, size <= ACCEPTED)
 
 
-def _example_weights(labels: np.ndarray, task: str) -> np.ndarray:
+def _example_weights(targets: np.ndarray, task: str) -> np.ndarray:
     """float32 [N, L]: what the cross-entropy of each image and class counts; columns sum to 1."""
     if task == "single_label":
-        return np.full(labels.shape, 1 / len(labels), np.float32)
-    known = ((labels == 0) | (labels == 1)) & learnable(labels)
+        return np.full(targets.shape, 1 / len(targets), np.float32)
+    known = (targets >= 0) & learnable(targets)
     return (known / np.maximum(known.sum(axis=0), 1)).astype(np.float32)
 
 
-def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
+def _padded_size(n: int, multiple: int) -> int:
+    """`n` or somewhat more: subsets of about one size are solved by one compiled program."""
+    step = max(SMALLEST_SIZE, 2 ** (n.bit_length() - 3))  # at most a quarter of n from 256 on
+    size = math.ceil(n / step) * step
+    return math.ceil(size / multiple) * multiple
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
     """With rows of zeros at the end, which have no weight in the loss."""
-    return np.pad(array, ((0, -len(array) % multiple), (0, 0)))
+    return np.pad(array, ((0, size - len(array)), (0, 0)))
 
 
 def _solve_grid(

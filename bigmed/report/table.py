@@ -16,7 +16,9 @@ class Cell:
       mean: of the seeds where the metric is defined; None if it never is.
       low, high: means of the seeds' 95 % limits; None if any seed lacks them.
       values: of the seeds where it is defined.
-      n_seeds, n_images, n_patients: counts; images and patients are those of one seed's test set.
+      n_seeds: of training, times those that drew the labelled patients.
+      n_images, n_patients: of one seed's test set.
+      n_labelled: mean number of training patients whose labels were used; None if it is not known.
     """
 
     mean: float | None
@@ -26,6 +28,7 @@ class Cell:
     n_seeds: int
     n_images: int
     n_patients: int
+    n_labelled: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,16 @@ class Block:
 
     def title(self) -> str:
         """'linear: a/train -> a/test, 10 % of the labels'."""
-        share = "" if self.fraction == 1 else f", {100 * self.fraction:g} % of the labels"
-        return f"{self.evaluator}: {self.train_set} -> {self.test_set}{share}"
+        share = "" if self.fraction == 1 else f", {self.share()} of the labels"
+        return f"{self.data_title()}{share}"
+
+    def data_title(self) -> str:
+        """'linear: a/train -> a/test'."""
+        return f"{self.evaluator}: {self.train_set} -> {self.test_set}"
+
+    def share(self) -> str:
+        """'10 %'."""
+        return f"{100 * self.fraction:g} %"
 
     def size(self) -> str:
         """'150 images of 103 patients, 3 seeds'."""
@@ -71,6 +82,14 @@ class Block:
     def resample_unit(self) -> str:
         """'patient', or 'image' where the data set names no patients."""
         return str(self.rows[0].get("resample_unit", "patient"))
+
+
+def sweeps(made: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """Blocks that differ in the fraction alone put together, the smallest fraction first."""
+    grouped: dict[tuple, list[Block]] = {}
+    for block in made:
+        grouped.setdefault((block.task, block.data_title()), []).append(block)
+    return [tuple(sorted(g, key=lambda block: block.fraction)) for g in grouped.values()]
 
 
 def span(values: Iterable[Any]) -> str:
@@ -103,15 +122,17 @@ def _block(key: tuple, rows: list[Mapping[str, Any]]) -> Block:
 def _cell(rows: list[Mapping[str, Any]]) -> Cell:
     values = tuple(row["value"] for row in rows if row["value"] is not None)
     limits = [(row["ci_low"], row["ci_high"]) for row in rows if row["value"] is not None]
+    labelled = [row.get("n_train_patients") for row in rows]
     given = bool(limits) and all(low is not None and high is not None for low, high in limits)
     return Cell(
         mean=sum(values) / len(values) if values else None,
         low=sum(low for low, _ in limits) / len(limits) if given else None,
         high=sum(high for _, high in limits) / len(limits) if given else None,
         values=values,
-        n_seeds=len({row["seed"] for row in rows}),
+        n_seeds=len({(row["seed"], row.get("subset_seed")) for row in rows}),
         n_images=max(row["n_images"] for row in rows),
         n_patients=max(row["n_patients"] for row in rows),
+        n_labelled=sum(labelled) / len(labelled) if None not in labelled else None,
     )
 
 
@@ -121,13 +142,23 @@ def describe_cell(cell: Cell | None) -> tuple[str, str]:
         return "-", ""
     if cell.mean is None:
         return UNDEFINED, ""
-    interval = "" if cell.low is None else f" [{cell.low:.3f}, {cell.high:.3f}]"
     spread = ""
     if cell.n_seeds > 1:
         spread = f"{min(cell.values):.3f} to {max(cell.values):.3f}"
         if len(cell.values) < cell.n_seeds:
             spread += f", {len(cell.values)} of {cell.n_seeds} seeds"
-    return f"{cell.mean:.3f}{interval}", spread
+    return _with_interval(cell.mean, cell.low, cell.high), spread
+
+
+def describe_row(row: Mapping[str, Any]) -> str:
+    """'auc_macro 0.812 [0.750, 0.870]' of a result row."""
+    if row["value"] is None:
+        return f"{row['metric']} {UNDEFINED}"
+    return f"{row['metric']} {_with_interval(row['value'], row['ci_low'], row['ci_high'])}"
+
+
+def _with_interval(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def is_synthetic(rows: Iterable[Mapping[str, Any]]) -> bool:
@@ -144,7 +175,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no results: config.evaluate names no evaluator"
     made = blocks(rows)
-    parts = [_format_block(block) for block in made]
+    parts = [
+        _format_block(group[0]) if len(group) == 1 else _format_sweep(group)
+        for group in sweeps(made)
+    ]
     units = {f"{block.resample_unit()}s" for block in made}
     notes = [f"in brackets: 95 % interval, {' or '.join(sorted(units))} resampled"]
     if any(
@@ -166,9 +200,42 @@ def _format_block(block: Block) -> str:
         lines.append([metric, *(text for text, _ in texts)])
         if any(spread for _, spread in texts):
             lines.append(["", *(spread for _, spread in texts)])
+    return _aligned(f"{block.title()} ({block.size()})", lines)
+
+
+def sweep_lines(group: Sequence[Block], metric: str) -> list[list[tuple[str, str]]]:
+    """A line for each fraction: (share, labelled patients), then a cell for each stage.
+
+    Cells are `describe_cell`'s; stages are those of any of the blocks, see `stages_of`.
+    """
+    lines = []
+    for block in group:
+        cells = block.cells.get(metric, {})
+        known = [c.n_labelled for c in cells.values() if c.n_labelled is not None]
+        labelled = f"{span(round(n) for n in known)} patients" if known else ""
+        texts = [describe_cell(cells.get(stage)) for stage in stages_of(group)]
+        lines.append([(block.share(), labelled), *texts])
+    return lines
+
+
+def stages_of(group: Sequence[Block]) -> list[str]:
+    """The stages of a sweep, in order."""
+    return list(dict.fromkeys(stage for block in group for stage in block.stages))
+
+
+def _format_sweep(group: Sequence[Block]) -> str:
+    """The first metric of a sweep: a line for each fraction, a column for each stage."""
+    metric = group[0].main_metrics()[0]
+    lines = [["labels", *stages_of(group)]]
+    for texts in sweep_lines(group, metric):
+        lines += [[text for text, _ in texts], [spread for _, spread in texts]]
+    return _aligned(f"{metric} of {group[0].data_title()} ({group[0].size()})", lines)
+
+
+def _aligned(title: str, lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    return "\n".join([f"{block.title()} ({block.size()})", *(f"  {line}" for line in table)])
+    return "\n".join([title, *(f"  {line}" for line in table)])
