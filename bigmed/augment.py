@@ -168,6 +168,8 @@ RECIPES = {
         jitter_saturation=0.0, jitter_hue=0.0, grayscale_prob=0.0, blur_prob=1.0,
         blur_sigma_max=3.0, blur_sigma_per="image",
     ),
+    # SimCLR's for classifiers (arXiv 2002.05709, B.5).
+    "crop_flip": AugmentConfig(color_prob=0.0, grayscale_prob=0.0, blur_prob=0.0),
     # No augmentation: the same as `eval_transform`.
     "none": AugmentConfig(
         random_crop=False, flip_prob=0.0, color_prob=0.0, grayscale_prob=0.0, blur_prob=0.0

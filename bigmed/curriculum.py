@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from bigmed import augment, checkpoint, metrics, sharding, sweep, train, tree
 from bigmed.convert import weights as foreign
-from bigmed.data import phantom, sources
+from bigmed.data import phantom
 from bigmed.errors import Preempted, UserError, did_you_mean
+from bigmed.evaluation import make_evaluator
+from bigmed.places import fill_places
 from bigmed.record import Record, check_config, write_config
 from bigmed.report import html, table
-from bigmed.resolve import resolve
 
 log = logging.getLogger("bigmed")
 
@@ -48,19 +49,21 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
             html.write_report(workdir)
         return table.format_table(record.rows)
     with jax.set_mesh(mesh):
+        stop = sharding.preemption_watch(stop)
         # Every stage of the first seed is built before any is run: mistakes are found at once, not
         # in the night. The other seeds differ in nothing that could be one.
         ready = {
-            entry["directory"]: _make_ready(entry, config, cells, mesh, workdir, record)
+            entry["directory"]: _make_ready(entry, config, cells, mesh, workdir, record, stop)
             for entry in plan[: len(config.stages)]
         }
         if main_process:
             write_config(config, workdir)
-        stop = train.preemption_watch(stop)
         for entry in plan:
             if not record.is_done(entry) or record.not_evaluated(entry, cells):
                 made = ready.pop(entry["directory"], None)
-                stage, evaluators = made or _make_ready(entry, config, cells, mesh, workdir, record)
+                stage, evaluators = made or _make_ready(
+                    entry, config, cells, mesh, workdir, record, stop
+                )
                 _run_entry(entry, stage, evaluators, workdir, record, stop)
     if main_process:
         html.write_report(workdir)
@@ -99,7 +102,7 @@ def prepare_stage(
     base = ConfigDict({k: v for k, v in whole.items() if k not in NOT_PER_STAGE})
     base.seed = seed
     _override(base, config.stage[name], f"config.stage.{name}")
-    return _fill_places(base, config.data_root, workdir)
+    return fill_places(base, config.data_root, workdir)
 
 
 def _override(base: ConfigDict, changes: Mapping[str, Any], where: str) -> None:
@@ -120,23 +123,6 @@ def _override(base: ConfigDict, changes: Mapping[str, Any], where: str) -> None:
                 base[key] = value
 
 
-def _fill_places(config: Any, data_root: str, workdir: pathlib.Path) -> Any:
-    """A copy with '{workdir}' and '{data_root}' filled in wherever a string names them."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, ConfigDict):
-            return ConfigDict({key: fill(item) for key, item in value.items()})
-        if isinstance(value, (tuple, list)):
-            return type(value)(fill(item) for item in value)
-        if not isinstance(value, str):
-            return value
-        if "{data_root}" in value and not data_root:
-            raise UserError(f"'{value}' needs --config.data_root=FOLDER, where the data sets lie")
-        return value.replace("{workdir}", str(workdir)).replace("{data_root}", data_root)
-
-    return fill(config).lock()
-
-
 def _make_ready(
     entry: Mapping[str, Any],
     config: ConfigDict,
@@ -144,6 +130,7 @@ def _make_ready(
     mesh: Any,
     workdir: pathlib.Path,
     record: Record,
+    stop: Callable[[], bool],
 ) -> tuple[train.Stage, list[tuple[sweep.Cell, Any]]]:
     """A stage and its cells that have not run, each with its evaluator; configs and data checked.
     """
@@ -178,7 +165,7 @@ def _make_ready(
         tree.merge(abstract, weights, load, skip)  # refuses what does not fit, before anything runs
     missing = record.not_evaluated(entry, cells)
     whole = {  # a sweep opens the data sets of an evaluator once
-        name: _evaluator(name, config, stage, workdir, record.hash_key)
+        name: make_evaluator(name, config, stage, workdir, record.hash_key, stop)
         for name in dict.fromkeys(cell.evaluator for cell in missing)
     }
     return stage, [
@@ -337,48 +324,3 @@ def _foreign_encoder(stage: train.Stage, path: pathlib.Path) -> Any:
             f"config.augment.normalize='{expected}'; set it to '{found.normalize}'"
         )
     return found
-
-
-def _evaluator(
-    name: str, config: ConfigDict, stage: train.Stage, workdir: pathlib.Path, hash_key: bytes
-) -> Any:
-    """One evaluator of a stage: no patient of its test may be in what its weights saw."""
-    settings = dict(_fill_places(config.evaluator[name], config.data_root, workdir))
-    evaluator_class = resolve(settings.pop("name", name), "bigmed.evaluators", "Evaluator")
-    predict_fns = stage.objective.predict_fns()
-    settings.setdefault("representation", "encoder")
-    for key in ("representation", "query_representation"):
-        value = settings.get(key)
-        if value is not None and value not in predict_fns:
-            raise UserError(
-                f"config.evaluator.{name}.{key}='{value}': {did_you_mean(value, predict_fns)}"
-            )
-        if value in stage.objective.OF_TEXTS and not settings.get("text"):
-            raise UserError(
-                f"config.evaluator.{name}.{key}='{value}' is of texts; give it a text section "
-                "as config.data.text is, if it is an evaluator that reads them (retrieval)"
-            )
-    representation = settings.pop("representation")
-    if settings.get("query_representation"):
-        of_query = settings["query_representation"]
-        settings["query_representation"] = (of_query, predict_fns[of_query])
-    if stage.total_steps:
-        held_out = stage.validation.pipeline.sources if stage.validation else ()
-        for key in getattr(evaluator_class, "HELD_OUT", ("test",)):
-            test = sources.open_source(settings[key])
-            for source in (*stage.pipeline.sources, *held_out):
-                sources.check_disjoint(source, test)
-    try:
-        return evaluator_class(
-            predict_fns[representation],
-            stage.mesh,
-            canvas=stage.config.data.canvas,
-            channels=stage.config.data.channels,
-            preprocessing={"representation": representation, **stage.objective.preprocessing()},
-            cache_dir=workdir / "features",
-            predictions_dir=workdir / "predictions",
-            hash_key=hash_key,
-            **settings,
-        )
-    except TypeError as error:  # a key that the evaluator does not have
-        raise UserError(f"config.evaluator.{name}: {error}") from error

@@ -9,7 +9,7 @@ pattern, or one of the `rules`, which give it a role:
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,9 @@ DEFAULT_RULES = (
     (r"probe/.*", "plain"),
     (r"logit_(scale|bias)", "plain"),  # learned temperature and bias of a contrastive loss
 )
+# names of an encoder's layers, see `layer_scales`
+_LAYER = re.compile(r"backbone/(stage|block|transition)(\d+)(?:/(?:block|layer)(\d+))?/")
+_FIRST = re.compile(r"backbone/(stem|patches|cls|distillation|registers|pos_embedding)")
 LR_SCALING = {
     "none": lambda lr, batch_size: lr,
     "linear": lambda lr, batch_size: lr * batch_size / 256,
@@ -123,7 +126,8 @@ def make_optimizer(
       config: `name` ('lars', 'sgd', 'adam', 'adamw' or 'lamb'), `lr` and the rest of
         `make_schedule`, `weight_decay` (of 'adam' as a part of the gradient, as torch.optim.Adam
         has it), `momentum` (lars, sgd), `nesterov` (sgd), `b1`, `b2` (adam, adamw, lamb),
-        `grad_clip_norm` (0: off), `rules` and `freeze` (see the module's docstring).
+        `grad_clip_norm` (0: off), `layer_decay` (1: off; see `layer_scales`), `rules` and `freeze`
+        (see the module's docstring).
       params: parameters or their shapes.
 
     Returns:
@@ -167,6 +171,12 @@ def make_optimizer(
     steps = [*([optax.clip_by_global_norm(clip)] if clip else []), makers[config["name"]]()]
     if config["schedule"] == "plateau":
         steps.append(scale_by_plateau())
+    layer_decay = float(config["layer_decay"])
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"config.optim.layer_decay={layer_decay}: valid: above 0, at most 1")
+    if layer_decay < 1:
+        scales = layer_scales(list(role_by_name), layer_decay)
+        steps.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
     groups = {
         "trained": optax.chain(*steps),
         "frozen": optax.set_to_zero(),  # and no optimiser state
@@ -174,6 +184,38 @@ def make_optimizer(
     group_of = {"adapted": "trained", "plain": "trained", "frozen": "frozen"}
     labels = tree.map_with_name(lambda _, role: group_of[role], role_tree)
     return optax.partition(groups, labels), schedule
+
+
+def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied with under layer-wise decay.
+
+    The heads have 1, the encoder's last layer `decay`, the one before `decay`^2, and so on down to
+    the stem (ELECTRA, arXiv 2003.10555, section 3; BEiT, arXiv 2106.08254, appendix). A layer is a
+    block of a transformer or ResNet, a layer or transition of a DenseNet; what comes before the
+    first belongs to one of its own, what comes after the last to the last.
+
+    Args:
+      names: of the parameters; the encoder's begin with 'backbone/'.
+      decay: of one layer.
+    """
+
+    def place(name: str) -> tuple[float, float]:
+        found = _LAYER.match(name)
+        if found is None:
+            return (0, 0) if _FIRST.match(name) else (math.inf, 0)
+        kind, number, inner = found.groups()
+        return int(number), math.inf if kind == "transition" else int(inner or 0)
+
+    places = {name: place(name) for name in names if name.startswith("backbone/")}
+    layers = sorted({p for p in places.values() if p[0] != math.inf})
+    depth = {p: len(layers) - i for i, p in enumerate(layers)}
+    return {
+        name: decay ** depth.get(places[name], 1) if name in places else 1.0 for name in names
+    }
+
+
+def _scaled(updates: Any, scales: Mapping[str, float]) -> Any:
+    return tree.map_with_name(lambda name, u: u * scales[name], updates)
 
 
 def learning_rate(schedule: Callable[[Any], Any], opt_state: Any) -> jax.Array:

@@ -34,8 +34,10 @@ INTRODUCED = {
     "micro_batch/batch_norm": "micro",
     "optim/nesterov": True,
     "optim/decay": 0.1,
+    "optim/layer_decay": 1.0,
     "optim/patience": 5,
     "validate/keep": "last",
+    "validate/patience": 0,
 }
 OF_TEXTS = ("text_model/.*", "data/text/(?!tokeniser).*")  # without a tokeniser they do nothing
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

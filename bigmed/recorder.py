@@ -89,23 +89,26 @@ class Recorder:
         )
         self._warn_of_collapse(step, values)
 
-    def write_validation(self, step: int, values: Mapping[str, Any]) -> None:
+    def write_validation(self, step: int, values: Mapping[str, Any], name: str) -> None:
         """A line of its own in metrics.jsonl; the clock of the training starts anew after it."""
         self._stopwatch = metrics.Stopwatch(step)
         if not self._main:
             return
         self._metrics.write(step, values)
         self._tensorboard.write(step, values)
-        self.say(f"{self._label}: step {step}, validation loss {values['val_loss']:.4f}")
+        self.say(f"{self._label}: step {step}, {name} {values[name]:.4f}")
 
-    def save(self, state: TrainState, step: int) -> None:
-        """The metrics so far, then the state; returns when the state before this one is safe."""
+    def save(self, state: TrainState, step: int, last: bool = False) -> None:
+        """The metrics so far, then the state; returns when the state before this one is safe.
+
+        Returns when the state itself is safe where it is the `last` one.
+        """
         if self._main:
             self._metrics.sync()
         if step in self._checkpointer.steps():  # a stop right after a periodic save
             return
         self._checkpointer.save(step, state, self._identity)
-        if step >= self._total_steps or step == 0:
+        if last or step == 0:
             self._checkpointer.wait()
 
     def _warn_of_collapse(self, step: int, values: Mapping[str, Any]) -> None:

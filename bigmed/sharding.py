@@ -1,8 +1,9 @@
 """The device mesh ('data', 'fsdp', 'tensor') and which leaf lives where on it."""
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -134,3 +135,15 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     return tree.map_with_name(
         lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf.shape, mesh, rules)), abstract
     )
+
+
+def preemption_watch(requested: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether to save and stop: a local flag, or what all hosts agree on.
+
+    One watch serves a whole run, for the hosts agree on the number of the question at which they
+    stop; all must ask equally often.
+    """
+    if jax.process_count() == 1:
+        return requested
+    questions = itertools.count()
+    return lambda: multihost_utils.reached_preemption_sync_point(next(questions))

@@ -20,6 +20,9 @@ from bigmed.errors import UserError, did_you_mean
 UNCERTAIN = -1
 TRAINING_POLICIES = ("smooth", "three_class")  # of training alone: `parts.training_targets`
 UNCERTAIN_POLICIES = ("ignore", "zeros", "ones", *TRAINING_POLICIES)
+# What an uncertain label counts as under 'smooth': the middle of the range that Pham et al.
+# (arXiv 1911.06475) draw from (U).
+SMOOTH_TARGET = 0.7
 TASKS = ("single_label", "multi_label")
 CHUNK_ELEMENTS = 2**22  # images x resamples held at once: 32 MiB an array
 # Share of resamples that must be defined for an interval to be given. A class seen in one patient

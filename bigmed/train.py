@@ -7,7 +7,6 @@ and metrics.jsonl is on disk before the checkpoint that it belongs to.
 
 import collections
 import dataclasses
-import itertools
 import json
 import pathlib
 import time
@@ -16,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from bigmed import metrics, optim, sharding, tree
 from bigmed.checkpoint import Checkpointer
@@ -27,7 +25,7 @@ from bigmed.recorder import Recorder
 from bigmed.resolve import resolve
 from bigmed.state import TrainState, abstract_state, make_init, shardings
 from bigmed.step import MicroBatches, first_non_finite, make_train_step
-from bigmed.validation import BEST, Validation, best_state
+from bigmed.validation import BEST, Best, Validation, best_state
 
 IN_FLIGHT = 2  # steps sent to the device whose outcome the host has not looked at
 MAX_SKIPPED = 10  # batches left out under on_non_finite='rollback' before the run stops
@@ -50,15 +48,29 @@ class Stage:
     tx: Any
     schedule: Any
     micro: MicroBatches
-    validation: Validation | None
+    validation: Best | None
 
     @property
     def checkpoints(self) -> pathlib.Path:
         return self.directory / "checkpoints"
 
 
-def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> Stage:
+def build_stage(
+    label: str,
+    config: Any,
+    directory: pathlib.Path,
+    mesh: Any,
+    look: Callable[[Any, TrainState], Best] | None = None,
+) -> Stage:
     """Builds the parts of a stage and checks that they fit together.
+
+    Args:
+      label: its name in messages.
+      config: of the stage.
+      directory: its folder.
+      mesh: of `bigmed.sharding.make_mesh`.
+      look: (objective, abstract state) -> what is looked at while it trains, in place of the
+        validation of the config.
 
     Raises:
       UserError: anything in the config or the data that cannot work, before a step is run.
@@ -106,10 +118,11 @@ def build_stage(label: str, config: Any, directory: pathlib.Path, mesh: Any) -> 
     )
     init = make_init(objective, tx, spec, config.seed)
     abstract = abstract_state(init, mesh, objective.SHARDING)
-    validation, asked_for = None, config.validate.every or config.validate.sources
-    if total_steps and (asked_for or config.validate.keep != "last"):
+    validation = look(objective, abstract) if look else None
+    asked_for = config.validate.every or config.validate.sources
+    if total_steps and not look and (asked_for or config.validate.keep != "last"):
         validation = Validation(config, objective, pipeline, mesh, abstract)
-    elif total_steps and config.optim.schedule == "plateau":
+    elif total_steps and not look and config.optim.schedule == "plateau":
         raise UserError(
             "config.optim.schedule='plateau' follows the validation loss; give "
             "config.validate.sources and .every"
@@ -204,7 +217,8 @@ def run_stage(
     Args:
       stage: from `build_stage`.
       state: restored or fresh; its buffers are used up.
-      stop_requested: from `preemption_watch`, asked after every step; True saves and stops.
+      stop_requested: from `sharding.preemption_watch`, asked after every step; True saves and
+        stops.
 
     Returns:
       The state that stands for the stage, and its checkpoint in the stage's folder: the final one,
@@ -226,8 +240,9 @@ def run_stage(
         identity=_identity(stage),
     ) as recorder:
         recorder.describe(stage.abstract.params)
-        if start >= stage.total_steps:
-            recorder.save(state, start)  # of a stage of no steps; else it is there
+        ended = stage.validation and stage.validation.exhausted(start, stage.directory)
+        if ended or start >= stage.total_steps:
+            recorder.save(state, start, True)  # of a stage of no steps; else it is there
         else:
             state = _train(stage, state, recorder, stop_requested)
     best = best_state(stage.directory, stage.abstract)
@@ -279,23 +294,27 @@ def _loop(
         if len(in_flight) > IN_FLIGHT:
             look_at_oldest()
         done, stopping = step + 1, stop_requested()
-        saving = stopping or done % config.checkpoint.every == 0 or done == stage.total_steps
+        last = done == stage.total_steps
+        saving = stopping or done % config.checkpoint.every == 0 or last
         validating = stage.validation and stage.validation.due(done, stage.total_steps)
         while in_flight and (saving or validating):
             look_at_oldest()
         if validating:  # before the save, which holds what the schedule made of it
             state = _validate(stage, state, recorder, done)
-        if saving:
-            recorder.save(state, done)
-        if stopping and done < stage.total_steps:
+            last = last or stage.validation.exhausted(done, stage.directory)
+        if saving or last:
+            recorder.save(state, done, last)
+        if last:
+            return state
+        if stopping:
             raise Preempted(f"{stage.label}: stopped on request; step {done} is saved")
     return state
 
 
 def _validate(stage: Stage, state: TrainState, recorder: Recorder, step: int) -> TrainState:
     state, values = stage.validation.run(state)
-    recorder.write_validation(step, values)
-    stage.validation.keep_if_best(state, values["val_loss"], stage.directory, _identity(stage))
+    recorder.write_validation(step, values, stage.validation.NAME)
+    stage.validation.keep_if_best(state, values, stage.directory, _identity(stage))
     return state
 
 
@@ -370,15 +389,3 @@ def _identity(stage: Stage) -> dict[str, Any]:
         "batch_size": stage.config.data.batch_size,
         "data": stage.pipeline.fingerprint,
     }
-
-
-def preemption_watch(requested: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether to save and stop: a local flag, or what all hosts agree on.
-
-    One watch serves a whole run, for the hosts agree on the number of the question at which they
-    stop; all must ask equally often.
-    """
-    if jax.process_count() == 1:
-        return requested
-    questions = itertools.count()
-    return lambda: multihost_utils.reached_preemption_sync_point(next(questions))

@@ -203,6 +203,7 @@ def optimizer(
             "b1": 0.9,
             "b2": 0.999,
             "grad_clip_norm": 0.0,
+            "layer_decay": 1.0,  # of the rate, from a layer of the encoder to the one before it
             "rules": (),
             "freeze": (),
         }
@@ -272,7 +273,7 @@ def base(arg: str = "", *valid: str) -> ConfigDict:
     config.micro_batch = ConfigDict({"count": 1, "batch_norm": "micro"})
     config.checkpoint = ConfigDict({"every": 500, "keep": 2})
     # loss on held-out data every so many steps (0: never); see `bigmed.validation`
-    config.validate = ConfigDict({"sources": (), "every": 0, "keep": "last"})
+    config.validate = ConfigDict({"sources": (), "every": 0, "keep": "last", "patience": 0})
     config.log = ConfigDict({"every": 10})
     config.init_from = init_from()
     config.data = ConfigDict(
@@ -323,6 +324,38 @@ def evaluator(folder: str, name: str, **overrides) -> ConfigDict:
         "num_resamples": 1000,  # of patients, for the 95 % intervals
         "batch_size": 256,
         "seed": 0,
+        **overrides,
+    }
+    return ConfigDict(settings)
+
+
+def finetune(folder: str, **overrides) -> ConfigDict:
+    """Fine-tuning on the splits of one labelled data set; SimCLR's protocol on a smaller grid."""
+    probe = evaluator(folder, "finetune")
+    for key in ("representation", "refit", "batch_size"):
+        del probe[key]
+    optim = optimizer("sgd", 0.0, lr_scaling="none", weight_decay=0.0, warmup_steps=0)
+    settings = {
+        **probe,
+        "optim": optim,  # its lr and weight_decay are the grid's
+        "learning_rates": (1e-3, 1e-2, 1e-1),
+        "weight_decays": (0.0, 1e-4),
+        "decay_over_rate": False,  # SimCLR divides the decay by the rate
+        "batch_size": 64,
+        "steps": placeholder(int),
+        "epochs": placeholder(float),
+        "head_only_steps": 0,
+        "head_only_rate": 1e-3,
+        "from_layer": 0,  # layers of the projection head that are kept
+        "class_weights": "none",  # or 'balanced'
+        "dropout": 0.0,
+        "batch_norm": "train",  # or 'frozen'
+        "mixup": 0.0,
+        "augment": {"recipe": "crop_flip"},
+        "evaluate_every": placeholder(int),  # steps; None: once an epoch
+        "patience": 0,  # looks at validation; 0: runs are not ended early
+        "runs": 1,  # of the chosen setting
+        "eval_batch_size": 256,
         **overrides,
     }
     return ConfigDict(settings)

@@ -508,11 +508,10 @@ def test_bad_input_is_refused_in_one_line(toy, mesh):
     refused("test source 'toy/test' has no labelled image")
 
 
-def test_validation_without_both_kinds_cannot_choose(toy, state, mesh):
+def test_validation_without_both_kinds_cannot_choose(toy, mesh):
     toy()["toy", "val"].labels[:] = 1
-    evaluator = linear.Evaluator(pixels, mesh, **settings())
     with pytest.raises(UserError, match="val source 'toy/val' has no class with both"):
-        list(evaluator.run(state, "x"))
+        linear.Evaluator(pixels, mesh, **settings())
 
 
 def test_other_weights_are_never_served_kept_features(toy, mesh, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "tree", "resolve", "precision", "image_ops", "host_memory"),
+    ("errors", "tree", "resolve", "precision", "image_ops", "host_memory", "places"),
     (
         *("losses", "tiled", "tiles", "augment", "optim"),
         *("sharding", "checkpoint", "metrics", "statistics"),
@@ -15,13 +15,15 @@ LAYERS = (
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert", "sweep"),
     ("state", "step", "validation", "recorder", "record"),
-    ("train", "curriculum"),
+    ("train", "nested", "evaluation", "curriculum"),
     ("main",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Down within one layer.
 INSIDE = {
-    "curriculum": ("train",),
+    "curriculum": ("train", "evaluation"),
+    "evaluation": ("train", "nested"),
+    "nested": ("train",),
     "checkpoint": ("sharding",),
     "losses": ("tiled", "sharding"),
     "tiled": ("tiles",),
@@ -31,6 +33,7 @@ INSIDE = {
     "validation": ("state",),
     "tree": ("errors",),
     "resolve": ("errors",),
+    "places": ("errors",),
     "precision": ("errors",),
     "image_ops": ("errors",),
 }

@@ -24,6 +24,7 @@ BASE = {
     "b1": 0.9,
     "b2": 0.999,
     "grad_clip_norm": 0.0,
+    "layer_decay": 1.0,
     "rules": (),
     "freeze": (),
 }

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import multihost_utils
 from processes import finish, start_two
 
-from bigmed import checkpoint, metrics, train
+from bigmed import checkpoint, metrics, sharding
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -228,7 +228,7 @@ def test_hosts_number_their_questions_through_all_stages(monkeypatch):
     monkeypatch.setattr(
         multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 4
     )
-    stop = train.preemption_watch(lambda: False)
+    stop = sharding.preemption_watch(lambda: False)
     assert [stop() for _ in range(5)] == [False] * 4 + [True]
     assert asked == [0, 1, 2, 3, 4]
 

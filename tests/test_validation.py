@@ -53,7 +53,7 @@ def test_validation_is_the_objectives_loss_on_all_held_out_images(tmp_path):
             state.params, state.batch_stats, state.extra, trained, jax.random.key(0), False
         )[0]
         for loss in (-1.0, -2.0):  # a resumed run may find another rounding at a step it has kept
-            stage.validation.keep_if_best(state, loss, stage_folder, {})
+            stage.validation.keep_if_best(state, {"val_loss": loss}, stage_folder, {})
     assert checkpoint.load_flat(stage_folder / "best")[1]["val_loss"] == -1.0
     pipeline = stage.validation.pipeline
     batches = [pipeline.host_batch(n)["image"] for n in range(-(-pipeline.units_per_epoch // 16))]

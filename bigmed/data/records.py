@@ -106,6 +106,29 @@ class Records:
         return self._readers[number]
 
 
+class Chosen(Records):
+    """Some of the records of a split, numbered anew.
+
+    Attributes:
+      rows: their numbers in the split.
+    """
+
+    def __init__(
+        self, dataset: str, shards: Sequence[Shard], keys: Mapping[str, str], rows: Sequence[int]
+    ):
+        super().__init__(dataset, shards, keys)
+        self.rows = tuple(map(int, rows))
+
+    def __reduce__(self):
+        return Chosen, (self.dataset, self.shards, self.keys, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _locate(self, record: int) -> tuple[int, int]:
+        return super()._locate(self.rows[record])
+
+
 def open_shard(shard: Shard, dataset: str) -> array_record_module.ArrayRecordReader:
     """Opens the file of a shard for random access.
 

@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from bigmed import statistics
 from bigmed.data import schema
 from bigmed.data.indexing import build_index, digest, labels_of, text_of
-from bigmed.data.records import Records, Shard
+from bigmed.data.records import Chosen, Records, Shard
 from bigmed.errors import UserError, did_you_mean
 
 CASES = ("patient_id", "study_id")
-_KEYS = ("dir", "name", "split", "fields", "classes", "case", "id_space", "weight")
+_KEYS = (
+    *("dir", "name", "split", "fields", "classes", "case", "id_space", "weight"),
+    *("labelled", "fraction", "fraction_seed"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,22 @@ class Source:
     def __len__(self) -> int:
         return len(self.records)
 
+    def only(self, rows: np.ndarray) -> "Source":
+        """The source of these of its records, int [n], in their order."""
+        codes, patients = np.unique(self.patients[rows], return_inverse=True)
+        keys = tuple(self.patient_keys[code] for code in codes)
+        records = self.records
+        return dataclasses.replace(
+            self,
+            split_sha256=schema.split_sha256({"some": keys})["some"],
+            fingerprint=digest(self.fingerprint, rows),
+            patients=patients.astype(np.int32),
+            cases=self.cases[rows],
+            labels=self.labels[rows],
+            patient_keys=keys,
+            records=Chosen(records.dataset, records.shards, records.keys, rows),
+        )
+
     def read(self, ids: Sequence[int]) -> list[bytes]:
         """Encoded images of these records, in order; UserError names one that cannot be read."""
         return self.records.read("image", ids)
@@ -107,7 +127,9 @@ def open_source(config: Mapping[str, Any]) -> Source:
         ('train', 'train[:10%]'); `fields`, our field names -> the data set's, where they differ;
         `classes`, the label columns to keep, in order; `case`, 'patient_id' or 'study_id', what
         images are grouped by for pairs; `id_space`, set it to keep the patient ids apart from
-        those of other sources. A `weight` is the pipeline's.
+        those of other sources. A `weight` is the pipeline's. Of the records, all are taken or:
+        `labelled`, a label policy, only those that can be learnt from under it (`learnable_rows`);
+        `fraction` and `fraction_seed`, only those of so many patients (`drawn_patients`).
 
     Raises:
       UserError: a key, directory, split, field or class that is not there; labels that are none.
@@ -141,7 +163,7 @@ def open_source(config: Mapping[str, Any]) -> Source:
         (os.path.basename(shard.path), os.path.getsize(shard.path), shard.skip, shard.take)
         for shard in records.shards
     ]
-    return Source(
+    source = Source(
         name=f"{dataset}/{split}",
         class_names=class_names,
         task=task if class_names else "none",
@@ -158,6 +180,40 @@ def open_source(config: Mapping[str, Any]) -> Source:
         synthetic=bool(facts and facts.synthetic),
         records=records,
     )
+    return _only_some(source, config)
+
+
+def _only_some(source: Source, config: Mapping[str, Any]) -> Source:
+    fraction, policy = float(config.get("fraction", 1.0)), config.get("labelled")
+    keep = np.ones(len(source), bool)
+    if policy:
+        keep &= learnable_rows(source.labels, source.task, policy)
+    if fraction < 1:
+        seed = int(config.get("fraction_seed", 0))
+        keep &= drawn_patients(source.patient_keys, fraction, seed)[source.patients]
+    if keep.all():
+        return source
+    if not keep.any():
+        raise UserError(f"'{source.name}' has no record that it is asked for: {config}")
+    return source.only(np.flatnonzero(keep))
+
+
+def learnable_rows(labels: np.ndarray, task: str, uncertain: str) -> np.ndarray:
+    """bool [N]: the images that can be learnt from under a label policy (`statistics`)."""
+    labels = statistics.apply_label_policy(labels, uncertain)
+    if uncertain in statistics.TRAINING_POLICIES:  # an uncertain label is a target there
+        labels = np.where(labels == schema.UNCERTAIN, schema.PRESENT, labels)
+    return statistics.usable(labels, task)
+
+
+def drawn_patients(patient_keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """bool [P]: a share of the patients, a pure function of (seed, fraction, patient).
+
+    Smaller shares are subsets of larger ones of the same seed, and independent of how the splits
+    were drawn.
+    """
+    uniform = [schema.patient_uniform(f"fraction/{key}", seed) for key in patient_keys]
+    return np.array(uniform) < fraction
 
 
 def check_disjoint(*sources: Source) -> None:

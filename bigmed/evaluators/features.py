@@ -32,7 +32,7 @@ def weights_fingerprint(state: Any) -> str:
     """Hash of the names and values of a tree of arrays, the same on any mesh."""
     digest = hashlib.blake2b(digest_size=16)
     for name, leaf in tree.flatten(state).items():
-        value = np.ascontiguousarray(_on_host(leaf))
+        value = np.ascontiguousarray(on_host(leaf))
         digest.update(f"{name} {value.shape} {value.dtype};".encode())
         digest.update(value.reshape(-1).view(np.uint8))
     return digest.hexdigest()
@@ -50,6 +50,7 @@ def extract(
     text: Any = None,
     cache_dir: str | os.PathLike | None = None,
     cache_key: str = "",
+    quiet: bool = False,
 ) -> np.ndarray:
     """The features of every record of a source, in the source's order.
 
@@ -65,6 +66,7 @@ def extract(
         records without text are zeros.
       cache_dir: where to keep the features; None to not keep them.
       cache_key: all else that they depend on: weights, layer, preprocessing.
+      quiet: whether no progress is shown.
 
     Returns:
       float32 [N, D], the same on every process.
@@ -94,7 +96,10 @@ def extract(
     )
     num_batches = math.ceil(len(source) / batch_size)
     usable = text.has_text if text else np.ones(len(source), bool)
-    features = _compute(predict_fn, state, source, mesh, batches, num_batches, usable)
+    progress = None
+    if jax.process_index() == 0 and not quiet:
+        progress = metrics.Progress(f"features of {source.name}", num_batches)
+    features = _compute(predict_fn, state, source, mesh, batches, usable, progress)
     if path is not None and jax.process_index() == 0:
         write_npz(path, x=features)
     return features
@@ -111,18 +116,16 @@ def _compute(
     source: Any,
     mesh: jax.sharding.Mesh,
     batches: Iterable[Mapping[str, np.ndarray]],
-    num_batches: int,
     usable: np.ndarray,
+    progress: metrics.Progress | None,
 ) -> np.ndarray:
     predict, rows = jax.jit(predict_fn), sharding.batch_sharding(mesh)
     features, seen = None, np.zeros(len(source), bool)
-    progress, num_done, began = None, 0, time.monotonic()
-    if jax.process_index() == 0:
-        progress = metrics.Progress(f"features of {source.name}", num_batches)
+    num_done, began = 0, time.monotonic()
 
     def store_oldest() -> None:
         nonlocal features, num_done
-        x, record, mask = map(_on_host, in_flight.popleft())
+        x, record, mask = map(on_host, in_flight.popleft())
         x, record = x[mask].astype(np.float32), record[mask]
         x[~usable[record]] = 0.0
         finite = np.isfinite(x).all(axis=1)
@@ -154,7 +157,7 @@ def _compute(
     return features
 
 
-def _on_host(array: Any) -> np.ndarray:
+def on_host(array: Any) -> np.ndarray:
     """The whole of a global array, on every process."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -14,8 +14,13 @@ import jax
 import numpy as np
 
 from bigmed import statistics
-from bigmed.data import schema
-from bigmed.data.sources import Source, check_disjoint, open_source
+from bigmed.data.sources import (
+    Source,
+    check_disjoint,
+    drawn_patients,
+    learnable_rows,
+    open_source,
+)
 from bigmed.errors import UserError, did_you_mean
 from bigmed.evaluators import predictions
 from bigmed.evaluators.parts import Part, learnable, make_part, map_labels, training_targets
@@ -52,8 +57,8 @@ class Labelled(abc.ABC):
       fraction: share of the training patients whose labels may be used. Smaller ones are subsets of
         larger ones of the same seed. Validation and test are always whole.
       uncertain: what label -1 counts as: 'ignore', or 'zeros' or 'ones' in all splits; in training
-        alone, 'smooth' (`parts.SMOOTH_TARGET`) or 'three_class' (a class of its own, left out of
-        the scores).
+        alone, 'smooth' (`statistics.SMOOTH_TARGET`) or 'three_class' (a class of its own, left out
+        of the scores).
       average: None to score image by image; 'features' (learning, too) or 'scores' to average those
         of the images of a case, which is then what is scored. A case is what its source's `case`
         says.
@@ -107,6 +112,7 @@ class Labelled(abc.ABC):
             labels = map_labels(source, label_map, self._classes, f"shift.{name}")
             self._parts[name] = self._part(name, source, labels)
         self._test_sets = ("test", *others)
+        self._quality(np.zeros(self._labels("val").shape))  # can it choose at all?
         self._unlearnable = self._draw_subset(fraction, seed)
         if self._unlearnable:
             raise UserError(self._unlearnable)
@@ -129,13 +135,10 @@ class Labelled(abc.ABC):
             raise UserError(f"fraction={fraction}: valid: above 0, at most 1")
         self._fraction, self._seed = fraction, seed
         source = self._train_source
-        keys = source.patient_keys if fraction < 1 else ()
-        # independent of how the splits were drawn
-        uniform = [schema.patient_uniform(f"fraction/{key}", seed) for key in keys]
-        drawn = (np.array(uniform) < fraction)[source.patients] if keys else None
-        drawing = f" at fraction={fraction}, seed={seed}" if keys else ""
-        keep = self._usable(source.labels, "train")
-        keep = keep if drawn is None else keep & drawn
+        drawing = f" at fraction={fraction}, seed={seed}" if fraction < 1 else ""
+        keep = learnable_rows(source.labels, self._task, self._uncertain)
+        if fraction < 1:
+            keep &= drawn_patients(source.patient_keys, fraction, seed)[source.patients]
         if not keep.any():
             return f"train source '{source.name}' has no labelled image{drawing}"
         by_case = self._average == "features"
@@ -181,17 +184,11 @@ class Labelled(abc.ABC):
 
     def _part(self, name: str, source: Source, labels: np.ndarray | None = None) -> Part:
         labels = source.labels if labels is None else labels
-        keep = self._usable(labels, name)
+        known = statistics.apply_label_policy(labels, self._uncertain)
+        keep = statistics.usable(known, self._task)
         if not keep.any():
             raise UserError(f"{name} source '{source.name}' has no labelled image")
         return make_part(name, source, labels, keep, self._task, bool(self._average))
-
-    def _usable(self, labels: np.ndarray, name: str) -> np.ndarray:
-        """bool [N]: the images that can be learnt from ('train') or scored."""
-        labels = statistics.apply_label_policy(labels, self._uncertain)
-        if name == "train" and self._uncertain in statistics.TRAINING_POLICIES:
-            labels = np.where(labels == statistics.UNCERTAIN, 1, labels)  # is a target, too
-        return statistics.usable(labels, self._task)
 
     def _targets(self, name: str) -> np.ndarray:
         """What is learnt from a part, from its units where features are averaged: [n or m, L]."""
@@ -204,8 +201,12 @@ class Labelled(abc.ABC):
         return statistics.apply_label_policy(self._parts[name].labels, self._uncertain)
 
     @abc.abstractmethod
-    def learn(self, state: Any) -> Learnt:
-        """Learns from the training part, chooses on validation, and scores the test sets."""
+    def learn(self, state: Any) -> Iterator[Learnt]:
+        """Learns from the training part, chooses on validation, and scores the test sets.
+
+        Yields:
+          One for each run of the chosen setting.
+        """
 
     def run(self, state: Any, checkpoint: str) -> Iterator[dict[str, Any]]:
         """Result rows of one state, one a metric and test set.
@@ -217,41 +218,42 @@ class Labelled(abc.ABC):
         Yields:
           {task, train_set, test_set, shift (its name, of another test set), fraction, subset_seed
           (None: no patients were drawn), subset_sha256 (`predictions.subset_sha256`), metric,
-          value, ci_low, ci_high, n_images (of units), unit ('image', 'patient' or 'study'), averaged,
-          n_patients, split_sha256 (of the test split), checkpoint, label_policy, chosen (the
-          setting), n_train_images, n_train_patients, undefined_classes (not in a mean),
-          untrained_classes (scored alike everywhere, for want of training labels of both kinds),
-          undefined_resamples, resample_unit ('patient', or 'image' where the data set names no
-          patients), synthetic, predictions (file), reason (of missing values)}; undefined values
-          are None.
+          value, ci_low, ci_high, n_images (of units), unit ('image', 'patient' or 'study'),
+          averaged, n_patients, split_sha256 (of the test split), checkpoint, label_policy, chosen
+          (the setting), run (its number), n_train_images, n_train_patients, undefined_classes (not
+          in a mean), untrained_classes (scored alike everywhere, for want of training labels of
+          both kinds), undefined_resamples, resample_unit ('patient', or 'image' where the data set
+          names no patients), synthetic, predictions (file), reason (of missing values)}; undefined
+          values are None.
         """
         if self._unlearnable:
             yield from self._missing_rows(checkpoint)
             return
-        learnt = self.learn(state)
         if self._predictions_dir is not None:
             predictions.write_subset(self._predictions_dir, self._hash_key, self._parts["train"])
-        for name in self._test_sets:
-            file = self._write_predictions(name, learnt.scores[name], checkpoint)
-            yield from self._result_rows(name, learnt, checkpoint, file)
+        for run, learnt in enumerate(self.learn(state)):
+            for name in self._test_sets:
+                file = self._write_predictions(name, learnt.scores[name], checkpoint, run)
+                yield from self._result_rows(name, learnt, checkpoint, file, run)
 
-    def _best(self, scores: np.ndarray) -> int:
-        """The setting of the best scores [G, m, L] of validation; the first of equals."""
-        labels, quality = self._labels("val"), []
-        for of_setting in scores:
-            function = statistics.classification_metrics(
-                of_setting, labels, self._classes, self._task
-            )
-            quality.append(function(np.ones((len(labels), 1)))[self._select_by][0])
-        if not np.isfinite(quality).any():
+    def _quality(self, scores: np.ndarray) -> float:
+        """`select_by` of the scores [m, L] of validation.
+
+        Raises:
+          UserError: it is not defined there.
+        """
+        labels = self._labels("val")
+        function = statistics.classification_metrics(scores, labels, self._classes, self._task)
+        value = float(function(np.ones((len(labels), 1)))[self._select_by][0])
+        if not np.isfinite(value):
             raise UserError(
                 f"val source '{self._parts['val'].source.name}' has no class with both positive "
                 f"and negative images, so {self._select_by} cannot choose a setting"
             )
-        return int(np.nanargmax(quality))
+        return value
 
     def _result_rows(
-        self, name: str, learnt: Learnt, checkpoint: str, file: str | None
+        self, name: str, learnt: Learnt, checkpoint: str, file: str | None, run: int
     ) -> Iterator[dict[str, Any]]:
         part = self._parts[name]
         estimates = statistics.estimate(
@@ -268,6 +270,7 @@ class Labelled(abc.ABC):
         common = {
             **self._common(name, checkpoint),
             "chosen": dict(learnt.chosen),
+            "run": run,
             "undefined_classes": undefined,
             "untrained_classes": [
                 c for c, learnt_from in zip(self._classes, known, strict=True) if not learnt_from
@@ -311,13 +314,15 @@ class Labelled(abc.ABC):
             metrics_of_task = function(np.ones((len(labels), 1)))
             yield from statistics.rows(dict.fromkeys(metrics_of_task, empty), common)
 
-    def _write_predictions(self, name: str, scores: np.ndarray, checkpoint: str) -> str | None:
+    def _write_predictions(
+        self, name: str, scores: np.ndarray, checkpoint: str, run: int
+    ) -> str | None:
         """The name of the file of what the rows are computed from."""
         if self._predictions_dir is None:
             return None
         part = self._parts[name]
         identity = [checkpoint, part.source.fingerprint, self._train_source.fingerprint]
-        identity += [self._fraction, self._seed, self._uncertain, self._average]
+        identity += [self._fraction, self._seed, self._uncertain, self._average, run]
         identity += [self._identity(), part.labels.tolist() if name != "test" else None]
         stem = predictions.file_stem([checkpoint, self.NAME, part.source.name], identity)
         labels, about = self._labels(name), (self._classes, self._task)

@@ -11,9 +11,6 @@ from bigmed.data.schema import MISSING
 from bigmed.data.sources import Source
 from bigmed.errors import UserError, did_you_mean
 
-# What an uncertain label counts as in training under 'smooth': the middle of the range that
-# Pham et al. (arXiv 1911.06475) draw from (U).
-SMOOTH_TARGET = 0.7
 # Of the labels of one case: a finding on any image is the case's; 'no' needs an image that says so.
 _RANK = {1: 3, statistics.UNCERTAIN: 2, 0: 1, MISSING: 0}
 _BY_RANK = np.array([code for code, _ in sorted(_RANK.items(), key=lambda item: item[1])], np.int8)
@@ -109,7 +106,8 @@ def training_targets(labels: np.ndarray, uncertain: str) -> np.ndarray:
     labels = statistics.apply_label_policy(labels, uncertain)
     if uncertain != "smooth":
         return labels
-    return np.where(labels == statistics.UNCERTAIN, SMOOTH_TARGET, labels).astype(np.float32)
+    smooth = np.where(labels == statistics.UNCERTAIN, statistics.SMOOTH_TARGET, labels)
+    return smooth.astype(np.float32)
 
 
 def learnable(targets: np.ndarray) -> np.ndarray:

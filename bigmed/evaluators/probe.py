@@ -7,7 +7,7 @@ import abc
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,8 +65,8 @@ class Probe(Labelled):
     ) -> np.ndarray:
         """Scores [len(settings), M, L] of queries [M, D], learnt from x [N, D], targets [N, L]."""
 
-    def learn(self, state: Any) -> Learnt:
-        """The setting that is best on validation, and its scores."""
+    def learn(self, state: Any) -> Iterator[Learnt]:
+        """The setting that is best on validation (the first of equals), and its scores."""
         cache_key = json.dumps(
             [features.weights_fingerprint(state), self._preprocessing], sort_keys=True
         )
@@ -75,7 +75,7 @@ class Probe(Labelled):
         settings = self.settings(len(x["train"]))
         scored = ("val", *self._test_sets)
         scores = self._scores(settings, x["train"], targets["train"], x, scored)
-        best = self._best(scores["val"])
+        best = int(np.argmax([self._quality(of_setting) for of_setting in scores["val"]]))
         if best in (0, len(settings) - 1) and len(settings) > 1:
             log.info("%s chose %s, the end of its grid", self.NAME, settings[best])
         chosen = {name: of_settings[best] for name, of_settings in scores.items()}
@@ -84,7 +84,7 @@ class Probe(Labelled):
             upto = settings[: best + 1]  # a solver may go from each setting to the next
             again = self._scores(upto, both, labels, x, self._test_sets)
             chosen |= {name: of_settings[-1] for name, of_settings in again.items()}
-        return Learnt(settings[best], chosen)
+        yield Learnt(settings[best], chosen)
 
     def _features(self, name: str, state: Any, cache_key: str) -> np.ndarray:
         """float32 [n, D], or [m, D] where they are averaged."""

@@ -26,6 +26,7 @@ class ProjectionHead(nn.Module):
       out_dim: of the last layer.
       norms: after which layers there is a batch norm: 'all', 'hidden' (not after the last), 'none'.
       biases: which layers have one, likewise.
+      up_to: how many of the layers there are; None: all, 1 and more with a head to cut off.
       kernel_init: of the dense layers.
       dtype: of the matrix products; outputs, parameters and statistics are float32.
     """
@@ -35,6 +36,7 @@ class ProjectionHead(nn.Module):
     out_dim: int = 128
     norms: str = "all"
     biases: str = "none"
+    up_to: int | None = None
     kernel_init: Any = dense_init
     dtype: Any = jnp.float32
 
@@ -49,7 +51,7 @@ class ProjectionHead(nn.Module):
             raise UserError(f"config.objective.head_layers={self.num_layers}: valid: 0 to 4")
         hidden = self.hidden_dim or x.shape[-1]
         layers = [x.astype(jnp.float32)]
-        for k in range(1, self.num_layers + 1):
+        for k in range(1, (self.up_to or self.num_layers) + 1):
             last = k == self.num_layers
             having = ("all",) if last else ("all", "hidden")
             x = nn.Dense(

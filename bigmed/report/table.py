@@ -16,7 +16,7 @@ class Cell:
       mean: of the seeds where the metric is defined; None if it never is.
       low, high: means of the seeds' 95 % limits; None if any seed lacks them.
       values: of the seeds where it is defined.
-      n_seeds: of training, times those that drew the labelled patients.
+      n_seeds: of training, times those that drew the labelled patients, times runs.
       n_images, n_patients: of one seed's test set.
       n_labelled: mean number of training patients whose labels were used; None if it is not known.
     """
@@ -129,7 +129,7 @@ def _cell(rows: list[Mapping[str, Any]]) -> Cell:
         low=sum(low for low, _ in limits) / len(limits) if given else None,
         high=sum(high for _, high in limits) / len(limits) if given else None,
         values=values,
-        n_seeds=len({(row["seed"], row.get("subset_seed")) for row in rows}),
+        n_seeds=len({(row["seed"], row.get("subset_seed"), row.get("run")) for row in rows}),
         n_images=max(row["n_images"] for row in rows),
         n_patients=max(row["n_patients"] for row in rows),
         n_labelled=sum(labelled) / len(labelled) if None not in labelled else None,
