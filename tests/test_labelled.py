@@ -250,7 +250,7 @@ def test_neighbours_with_smooth_targets_vote_in_part():
     np.testing.assert_allclose(found, (1 + 0.7 + 0) / 3)
 
 
-# ----------------------------------------------------------------------------------- draws of labels
+# ---------------------------------------------------------------------------------- draws of labels
 
 
 def test_a_draw_that_leaves_nothing_gives_rows_that_say_so(toy, mesh, tmp_path):
