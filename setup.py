@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21",

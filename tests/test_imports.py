@@ -11,6 +11,7 @@ LAYERS = (
     (
         *("losses", "tiled", "tiles", "augment", "optim"),
         *("sharding", "checkpoint", "metrics", "statistics"),
+        *("classification", "calibration", "comparison"),
     ),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert", "sweep"),
@@ -31,6 +32,8 @@ INSIDE = {
     "step": ("state",),
     "recorder": ("state",),
     "validation": ("state",),
+    "statistics": ("classification", "calibration"),
+    "classification": ("calibration",),
     "tree": ("errors",),
     "resolve": ("errors",),
     "places": ("errors",),

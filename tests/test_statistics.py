@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bigmed import statistics
+from bigmed import classification, statistics
 from bigmed.errors import UserError
 
 NAMES = ("a", "b", "c")
@@ -33,30 +33,30 @@ def test_auc_with_ties_and_ignored_labels_equals_sklearn():
     for c in range(3):
         known = labels[:, c] >= 0
         expected = sk.roc_auc_score(labels[known, c], scores[known, c])
-        assert statistics.auc(scores[:, c], labels[:, c]) == pytest.approx(expected, abs=1e-12)
+        assert classification.auc(scores[:, c], labels[:, c]) == pytest.approx(expected, abs=1e-12)
         # the same through 32-bit floats, whose ties are the same
-        single = statistics.auc(scores[:, c].astype(np.float32), labels[:, c])
+        single = classification.auc(scores[:, c].astype(np.float32), labels[:, c])
         assert single == pytest.approx(expected, abs=1e-12)
 
 
 def test_weighted_auc_equals_repeating_the_images():
     scores, labels, _ = multi_label_set()
     weights = np.random.default_rng(3).integers(0, 4, size=(len(scores), 7))
-    fast = statistics.auc(scores[:, 0], labels[:, 0], weights)
+    fast = classification.auc(scores[:, 0], labels[:, 0], weights)
     for r in range(7):
         repeated = np.repeat(np.arange(len(scores)), weights[:, r])
         assert fast[r] == pytest.approx(
-            statistics.auc(scores[repeated, 0], labels[repeated, 0]), abs=1e-12
+            classification.auc(scores[repeated, 0], labels[repeated, 0]), abs=1e-12
         )
 
 
 def test_auc_of_one_class_is_missing_not_a_half():
-    assert np.isnan(statistics.auc(np.arange(4.0), np.array([1, 1, 1, -1])))
-    assert np.isnan(statistics.auc(np.arange(4.0), np.array([0, 0, -2, -1])))
-    assert np.isnan(statistics.auc(np.zeros(0), np.zeros(0)))
-    assert statistics.auc(np.zeros(4), np.array([1, 0, 1, 0])) == 0.5  # all ties: defined
+    assert np.isnan(classification.auc(np.arange(4.0), np.array([1, 1, 1, -1])))
+    assert np.isnan(classification.auc(np.arange(4.0), np.array([0, 0, -2, -1])))
+    assert np.isnan(classification.auc(np.zeros(0), np.zeros(0)))
+    assert classification.auc(np.zeros(4), np.array([1, 0, 1, 0])) == 0.5  # all ties: defined
     with pytest.raises(ValueError, match="finite"):
-        statistics.auc(np.array([0.0, np.nan]), np.array([0, 1]))
+        classification.auc(np.array([0.0, np.nan]), np.array([0, 1]))
 
 
 def test_single_label_metrics_equal_sklearn():
@@ -116,11 +116,14 @@ def plain_bootstrap(scores, labels, patients, num_resamples, seed):
 
 def test_bootstrap_equals_a_plain_loop_over_patients(monkeypatch):
     scores, labels, patients = multi_label_set(n=60)
-    function = statistics.classification_metrics(scores, labels, NAMES, "multi_label")
-    fast = statistics.bootstrap(function, patients, num_resamples=40, seed=5)["auc_macro"]
+    unique, codes = np.unique(patients, return_inverse=True)
+    function = classification.classification_metrics(
+        scores, labels, NAMES, "multi_label", units=codes
+    )
+    fast = statistics.bootstrap(function, len(unique), num_resamples=40, seed=5)["auc_macro"]
     np.testing.assert_allclose(fast, plain_bootstrap(scores, labels, patients, 40, 5), rtol=1e-12)
-    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 7 * 60)  # chunks of 7 resamples
-    again = statistics.bootstrap(function, patients, num_resamples=40, seed=5)["auc_macro"]
+    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 7 * len(unique))  # chunks of 7 resamples
+    again = statistics.bootstrap(function, len(unique), num_resamples=40, seed=5)["auc_macro"]
     np.testing.assert_allclose(again, fast, rtol=1e-12)
 
 

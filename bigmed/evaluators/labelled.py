@@ -6,6 +6,7 @@ settings on the validation split alone; the test splits are scored once.
 
 import abc
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from bigmed import statistics
+from bigmed import comparison, statistics
+from bigmed.calibration import operating_point
+from bigmed.classification import classification_metrics
 from bigmed.data.sources import (
     Source,
     check_disjoint,
@@ -28,10 +31,11 @@ from bigmed.evaluators.parts import Part, learnable, make_part, map_labels, trai
 SPLITS = ("train", "val", "test")
 CRITERIA = ("auc_macro", "accuracy", "balanced_accuracy")
 AVERAGES = ("features", "scores")
+INTERVALS = ("bootstrap", "delong")
 
 
 class Learnt(NamedTuple):
-    """What an evaluation found.
+    """What a run of an evaluation found.
 
     Attributes:
       chosen: the setting, as the rows tell it.
@@ -63,6 +67,9 @@ class Labelled(abc.ABC):
         of the images of a case, which is then what is scored. A case is what its source's `case`
         says.
       select_by: the metric on the validation split by which the setting is chosen.
+      details: whether to give what needs thresholds and temperatures, too, chosen on validation;
+        see `classification.classification_metrics`.
+      interval: 'bootstrap', or 'delong' for the AUC of each class (`comparison.delong`).
       num_resamples: of the bootstrap.
       seed: of the bootstrap and of the fraction.
 
@@ -89,6 +96,8 @@ class Labelled(abc.ABC):
         uncertain: str = "ignore",
         average: str | None = None,
         select_by: str = "auc_macro",
+        details: bool = True,
+        interval: str = "bootstrap",
         num_resamples: int = 1000,
         seed: int = 0,
     ):
@@ -96,7 +105,10 @@ class Labelled(abc.ABC):
             raise UserError(f"num_resamples={num_resamples}: valid: 1 and more")
         if average and average not in self.AVERAGES:
             raise UserError(f"average='{average}': {did_you_mean(average, self.AVERAGES)}")
+        if interval not in INTERVALS:
+            raise UserError(f"interval='{interval}': {did_you_mean(interval, INTERVALS)}")
         self._mesh, self._num_resamples = mesh, num_resamples
+        self._details, self._interval = details, interval
         self._predictions_dir, self._hash_key = predictions_dir, hash_key
         self._uncertain, self._average, self._select_by = uncertain, average, select_by
         extra = {"classes": tuple(classes)} if classes else {}
@@ -220,11 +232,11 @@ class Labelled(abc.ABC):
           (None: no patients were drawn), subset_sha256 (`predictions.subset_sha256`), metric,
           value, ci_low, ci_high, n_images (of units), unit ('image', 'patient' or 'study'),
           averaged, n_patients, split_sha256 (of the test split), checkpoint, label_policy, chosen
-          (the setting), run (its number), n_train_images, n_train_patients, undefined_classes (not
-          in a mean), untrained_classes (scored alike everywhere, for want of training labels of
-          both kinds), undefined_resamples, resample_unit ('patient', or 'image' where the data set
-          names no patients), synthetic, predictions (file), reason (of missing values)}; undefined
-          values are None.
+          (the setting), run (its number), interval, n_train_images, n_train_patients,
+          undefined_classes (not in a mean), untrained_classes (scored alike everywhere, for want
+          of training labels of both kinds), undefined_resamples, resample_unit ('patient', or
+          'image' where the data set names no patients), synthetic, predictions (file), reason (of
+          missing values)}; undefined values are None.
         """
         if self._unlearnable:
             yield from self._missing_rows(checkpoint)
@@ -243,7 +255,7 @@ class Labelled(abc.ABC):
           UserError: it is not defined there.
         """
         labels = self._labels("val")
-        function = statistics.classification_metrics(scores, labels, self._classes, self._task)
+        function = classification_metrics(scores, labels, self._classes, self._task)
         value = float(function(np.ones((len(labels), 1)))[self._select_by][0])
         if not np.isfinite(value):
             raise UserError(
@@ -255,22 +267,29 @@ class Labelled(abc.ABC):
     def _result_rows(
         self, name: str, learnt: Learnt, checkpoint: str, file: str | None, run: int
     ) -> Iterator[dict[str, Any]]:
-        part = self._parts[name]
+        part, labels, point = self._parts[name], self._labels(name), None
+        if self._details:
+            point = operating_point(learnt.scores["val"], self._labels("val"), self._task)
         estimates = statistics.estimate(
             learnt.scores[name],
-            self._labels(name),
+            labels,
             part.patients,
             self._classes,
             self._task,
+            point=point,
             num_resamples=self._num_resamples,
             seed=self._seed,
         )
+        if self._interval == "delong":
+            scored = (learnt.scores[name], labels, part.patients)
+            estimates |= _delong(estimates, *scored, self._classes)
         undefined = [c for c in self._classes if np.isnan(estimates[f"auc/{c}"].value)]
         known = learnable(self._targets("train"))
         common = {
             **self._common(name, checkpoint),
             "chosen": dict(learnt.chosen),
             "run": run,
+            "interval": self._interval,
             "undefined_classes": undefined,
             "untrained_classes": [
                 c for c, learnt_from in zip(self._classes, known, strict=True) if not learnt_from
@@ -306,7 +325,7 @@ class Labelled(abc.ABC):
         """Rows without values, of a draw that leaves nothing to learn from."""
         for name in self._test_sets:
             labels = self._labels(name)
-            function = statistics.classification_metrics(
+            function = classification_metrics(
                 np.zeros(labels.shape), labels, self._classes, self._task
             )
             common = {**self._common(name, checkpoint), "reason": self._unlearnable}
@@ -333,3 +352,22 @@ class Labelled(abc.ABC):
     def _identity(self) -> Any:
         """What else tells predictions of this evaluator apart; JSON can hold it."""
         return None
+
+
+def _delong(
+    estimates: Mapping[str, statistics.Estimate],
+    scores: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    classes: Sequence[str],
+) -> dict[str, statistics.Estimate]:
+    """The AUC of each class with DeLong's interval, or with none where there can be none."""
+    found = {}
+    for c, name in enumerate(classes):
+        known = estimates[f"auc/{name}"]
+        try:
+            low, high = comparison.delong([scores[:, c]], labels[:, c], patients).interval()
+        except UserError:  # too few patients
+            low = high = None
+        found[f"auc/{name}"] = dataclasses.replace(known, low=low, high=high, undefined_resamples=0)
+    return found
