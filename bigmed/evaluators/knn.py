@@ -93,6 +93,7 @@ def nearest(
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     search = jax.jit(_search, static_argnums=2, out_shardings=everywhere)
     known = place(x, everywhere)
+    lengths = jax.jit(_length, out_shardings=everywhere)(known)
     own_codes = [place(of_x, everywhere) for of_x, _ in left_out]
     parts = []
     for start in range(0, len(queries), chunk):
@@ -103,23 +104,29 @@ def nearest(
             (of_x, place(np.pad(of_query[start : start + chunk], (0, missing)), rows))
             for of_x, (_, of_query) in zip(own_codes, left_out, strict=True)
         ]
-        found = search(known, place(padded, rows), k, codes)
+        found = search(known, lengths, k, place(padded, rows), codes)
         parts.append([np.asarray(array)[: len(part)] for array in found])
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
 def _search(
-    x: jax.Array, queries: jax.Array, k: int, left_out: Sequence[tuple[jax.Array, jax.Array]]
+    x: jax.Array,
+    lengths: jax.Array,
+    k: int,
+    queries: jax.Array,
+    left_out: Sequence[tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
-    similarity = jnp.einsum("md,nd->mn", _unit(queries), _unit(x), precision="highest")
+    queries = queries / _length(queries)[:, None]
+    similarity = jnp.einsum("md,nd->mn", queries, x, precision="highest")
+    similarity = similarity / lengths[None]  # rather than x, of which this would be a copy
     for of_x, of_query in left_out:
         own = (of_query[:, None] == of_x[None]) & (of_query[:, None] >= 0)
         similarity = jnp.where(own, -jnp.inf, similarity)
     return jax.lax.top_k(similarity, k)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+def _length(x: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.linalg.norm(x, axis=1), 1e-12)
 
 
 def prevalence(targets: np.ndarray) -> np.ndarray:

@@ -212,7 +212,8 @@ def _solve_grid(
     l2. The Hessian is then near the identity, whatever the features' correlations, and a few dozen
     iterations do; in the coordinates of W, weak regularisation of correlated features needs
     thousands. Each strength starts at the solution of the stronger one before it, which also gives
-    p: where the classes are separable, p (1 - p) falls by orders of magnitude along the way.
+    p: where the classes are separable, p (1 - p) falls by orders of magnitude along the way. Inside,
+    kernels are [L, D].
     """
     n = jnp.sum(jnp.any(weights > 0, axis=1))
     variances, basis = jnp.linalg.eigh(x.T @ x / n)  # DN.ND = DD
@@ -220,7 +221,8 @@ def _solve_grid(
     rotated = x @ basis  # ND.DD = ND
 
     def logits_of(kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        return rotated @ kernel + (bias + offset)[None, :]  # ND.DL = NL
+        # LD.DN = LN: four times as fast as ND.DL on a CPU, where L is small
+        return (kernel @ rotated.T).T + (bias + offset)[None, :]
 
     def solve(
         stronger: tuple[jax.Array, jax.Array], strength: jax.Array
@@ -228,7 +230,7 @@ def _solve_grid(
         logits = logits_of(*stronger)
         p = jax.nn.softmax(logits) if multinomial else jax.nn.sigmoid(logits)
         curvature = jnp.maximum(jnp.sum(weights * p * (1 - p), axis=0), MIN_CURVATURE)  # [L]
-        unit = (variances[:, None] * curvature[None, :] + strength) ** -0.5
+        unit = (curvature[:, None] * variances[None, :] + strength) ** -0.5  # LD
         unit_bias = curvature**-0.5
 
         def loss(variables: dict[str, jax.Array]) -> jax.Array:
@@ -243,9 +245,9 @@ def _solve_grid(
         start = {"kernel": stronger[0] / unit, "bias": stronger[1] / unit_bias}
         found, size = _lbfgs(loss, start, max_iterations)
         kernel, bias = unit * found["kernel"], unit_bias * found["bias"]
-        return (kernel, bias), (basis @ kernel, bias, size)  # DD.DL = DL
+        return (kernel, bias), (basis @ kernel.T, bias, size)  # DD.DL = DL
 
-    zero = jnp.zeros((x.shape[1], targets.shape[1])), jnp.zeros(targets.shape[1])
+    zero = jnp.zeros((targets.shape[1], x.shape[1])), jnp.zeros(targets.shape[1])
     _, solutions = jax.lax.scan(solve, zero, l2)
     return solutions
 
