@@ -212,8 +212,8 @@ def _solve_grid(
     l2. The Hessian is then near the identity, whatever the features' correlations, and a few dozen
     iterations do; in the coordinates of W, weak regularisation of correlated features needs
     thousands. Each strength starts at the solution of the stronger one before it, which also gives
-    p: where the classes are separable, p (1 - p) falls by orders of magnitude along the way. Inside,
-    kernels are [L, D].
+    p: where the classes are separable, p (1 - p) falls by orders of magnitude along the way.
+    Kernels are [L, D] inside.
     """
     n = jnp.sum(jnp.any(weights > 0, axis=1))
     variances, basis = jnp.linalg.eigh(x.T @ x / n)  # DN.ND = DD
