@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
         "safetensors>=0.5",
+        "scikit-learn>=1.5",
         "scipy>=1.13",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
@@ -45,7 +46,6 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
-            "scikit-learn>=1.5",
             "torch>=2.4,<2.14",  # the oracle of encoders and weights
         ],
         "bench": ["torch>=2.4"],

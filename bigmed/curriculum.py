@@ -2,35 +2,43 @@
 
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from bigmed import augment, checkpoint, metrics, sharding, sweep, train, tree
+from bigmed import augment, checkpoint, metrics, pictures, sharding, sweep, train, tree
 from bigmed.convert import weights as foreign
 from bigmed.data import phantom
+from bigmed.data.card import card
 from bigmed.errors import Preempted, UserError, did_you_mean
 from bigmed.evaluation import make_evaluator
 from bigmed.places import fill_places
-from bigmed.record import Record, check_config, write_config
+from bigmed.record import Record, check_config, write_config, write_data
 from bigmed.report import html, table
 
 log = logging.getLogger("bigmed")
 
 NOT_PER_STAGE = (
-    "stages", "stage", "seeds", "evaluate", "evaluator", "sweep", "phantom", "mesh", "data_root"
+    "stages", "stage", "seeds", "evaluate", "evaluator", "sweep", "phantom", "mesh", "data_root",
+    "pictures",
 )  # fmt: skip
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> str:
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    stop: Callable[[], bool],
+    command: Sequence[str] = (),
+) -> str:
     """Runs or continues every stage of `config.stages`, for every seed of `config.seeds`.
 
     Args:
       config: locked; see `configs/common.py`.
       workdir: see the design of the workdir in the README.
       stop: whether the process was asked to stop.
+      command: by which the run was started, for its report.
 
     Returns:
       The table of results, as text.
@@ -57,14 +65,16 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: Callable[[], bool]) -> 
             for entry in plan[: len(config.stages)]
         }
         if main_process:
-            write_config(config, workdir)
+            write_config(config, workdir, command)
+            write_data(workdir, _cards(ready.values()))
         for entry in plan:
             if not record.is_done(entry) or record.not_evaluated(entry, cells):
                 made = ready.pop(entry["directory"], None)
                 stage, evaluators = made or _make_ready(
                     entry, config, cells, mesh, workdir, record, stop
                 )
-                _run_entry(entry, stage, evaluators, workdir, record, stop)
+                draws = config.pictures and entry["seed"] == config.seeds[0]
+                _run_entry(entry, stage, evaluators, workdir, record, stop, draws)
     if main_process:
         html.write_report(workdir)
     return table.format_table(record.rows)
@@ -181,8 +191,9 @@ def _run_entry(
     workdir: pathlib.Path,
     record: Record,
     stop: Callable[[], bool],
+    draws: bool,
 ) -> None:
-    """Trains or continues a stage, then evaluates it."""
+    """Trains or continues a stage, evaluates it, then draws its pictures if asked to."""
     state = train.restore(stage)
     if state is None:
         weights, load, skip, lineage = _handed_over(stage, record, workdir)
@@ -213,6 +224,24 @@ def _run_entry(
             progress.update(number, " ".join([cell.name, *map(table.describe_row, rows[:1])]))
     if progress is not None:
         progress.close()
+    if draws:
+        last = {cell.evaluator: evaluator for cell, evaluator in evaluators}  # the most labels
+        pictures.draw(stage, list(last.values()), state, workdir)
+
+
+def _cards(
+    made: Iterable[tuple[train.Stage, Sequence[tuple[sweep.Cell, Any]]]],
+) -> Iterator[dict[str, Any]]:
+    """What the data sets of stages and evaluators hold."""
+    for stage, evaluators in made:
+        validated = stage.validation.pipeline.sources if stage.validation else ()
+        if stage.total_steps:
+            name = stage.config.objective.name
+            yield from (card(source, f"pretraining ({name})") for source in stage.pipeline.sources)
+            yield from (card(source, "validation of pretraining") for source in validated)
+        for name, evaluator in {cell.evaluator: e for cell, e in evaluators}.items():
+            for use, source in evaluator.sources().items():
+                yield card(source, f"{name}: {use}")
 
 
 def _describe_encoder(config: ConfigDict) -> dict[str, Any]:

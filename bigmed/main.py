@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         _start_jax()
         from bigmed import curriculum  # late: --help and mistakes answer at once
 
-        print(curriculum.run(CONFIG.value, workdir, stop))
+        command = ["python", "-m", "bigmed.main", *argv[1:]]
+        print(curriculum.run(CONFIG.value, workdir, stop, command))
     except errors.UserError as error:
         return _say(f"error: {error}", errors.EXIT_USER_ERROR)
     except errors.Preempted as error:

@@ -5,7 +5,7 @@ import pathlib
 import platform
 import secrets
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bigmed import __version__, metrics, tree
+from bigmed.data.card import joined
 from bigmed.errors import UserError
 from bigmed.sweep import Cell
 
@@ -27,6 +28,7 @@ FREE_KEYS = (
     "evaluate.*",
     "evaluator/.*",
     "sweep/.*",
+    "pictures",
 )
 # What keys stand for in a run that is older than they are.
 INTRODUCED = {
@@ -145,8 +147,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
-def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json: the config, and the versions and commit that run it now."""
+def write_config(config: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -> None:
+    """Writes config.json: the config, the command, and the versions and commit that run it now."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions |= {"bigmed": __version__, "python": platform.python_version()}
     metrics.write_json(
@@ -155,8 +157,16 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
             "config": json.loads(config.to_json_best_effort()),
             "versions": versions,
             "git_commit": _git_commit(),
+            "command": list(command),
         },
     )
+
+
+def write_data(workdir: pathlib.Path, cards: Iterable[Mapping[str, Any]]) -> None:
+    """Adds what the data sets hold (`data.card`) to data.json."""
+    path = workdir / "data.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    metrics.write_json(path, joined(known, cards))
 
 
 def _git_commit() -> str | None:

@@ -105,6 +105,11 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     }
 
 
+def place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds -> a global one."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
 def leaf_spec(name: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
     """Where one leaf lives: the first rule that matches the end of its path, else the fsdp rule.
 

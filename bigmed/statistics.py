@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bigmed.calibration import OperatingPoint
-from bigmed.classification import Metrics, Sums, classification_metrics
+from bigmed.classification import BIASED, Metrics, Sums, classification_metrics
 from bigmed.errors import UserError, did_you_mean
 
 UNCERTAIN = -1
@@ -123,9 +123,9 @@ class Resampled:
     patients: Mapping[str, np.ndarray]
 
     def estimates(self) -> dict[str, Estimate]:
-        """Every metric with its interval."""
+        """Every metric with its interval, but for those of `BIASED`."""
         return {
-            name: _estimate(value, self.samples[name], self.patients[name])
+            name: _estimate(value, self.samples[name], self.patients[name], name not in BIASED)
             for name, value in self.values.items()
         }
 
@@ -242,10 +242,13 @@ def paired_difference(a: Resampled, b: Resampled) -> dict[str, Estimate]:
     ).estimates()
 
 
-def _estimate(value: float, samples: np.ndarray, patients: np.ndarray) -> Estimate:
+def _estimate(
+    value: float, samples: np.ndarray, patients: np.ndarray, with_interval: bool
+) -> Estimate:
     n_patients = len(np.unique(patients))
     defined = samples[np.isfinite(samples)]
     low = high = None
-    if n_patients > 1 and np.isfinite(value) and len(defined) >= max(2, MIN_DEFINED * len(samples)):
+    enough = n_patients > 1 and len(defined) >= max(2, MIN_DEFINED * len(samples))
+    if with_interval and enough and np.isfinite(value):
         low, high = map(float, np.quantile(defined, [0.025, 0.975]))
     return Estimate(value, low, high, len(patients), n_patients, len(samples) - len(defined))

@@ -275,6 +275,7 @@ def base(arg: str = "", *valid: str) -> ConfigDict:
     # loss on held-out data every so many steps (0: never); see `bigmed.validation`
     config.validate = ConfigDict({"sources": (), "every": 0, "keep": "last", "patience": 0})
     config.log = ConfigDict({"every": 10})
+    config.pictures = True  # in the report; they show what the data sets hold
     config.init_from = init_from()
     config.data = ConfigDict(
         {

@@ -9,6 +9,7 @@ import pytest
 from bigmed import curriculum
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
+WITH_PICTURES = ("convirt", "quickstart")  # drawing them takes time
 NAMES = sorted(p.stem for p in (REPO / "configs").glob("*.py") if p.stem != "common")
 
 
@@ -34,6 +35,7 @@ def test_an_unknown_argument_is_named(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_smoke_form_ends_in_a_report(name, tmp_path):
     config = load(name, "smoke")
+    config.pictures = name in WITH_PICTURES
     printed = curriculum.run(config, tmp_path, stop=lambda: False)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {row["stage"] for row in rows} == set(config.stages)
@@ -47,5 +49,11 @@ def test_every_smoke_form_ends_in_a_report(name, tmp_path):
     assert "synthetic" in report.lower()
     # No patient id of the data set may reach anything that the run reports.
     ids = [f"patient{i:05d}" for i in range(3)]
-    for path in (tmp_path / "results.json", tmp_path / "report.html"):
+    suffixes = {".json", ".html", ".csv", ".tex"}
+    told = [path for path in tmp_path.iterdir() if path.suffix in suffixes]
+    assert {path.suffix for path in told} == suffixes
+    for path in (*told, *(tmp_path / "pictures").glob("*.json")):
         assert not any(i in path.read_text() for i in ids)
+    kinds = {path.stem.split("-")[1] for path in (tmp_path / "pictures").glob("*.json")}
+    assert kinds == ({"views", "neighbours", "map"} if config.pictures else set())
+    assert ("data:image/jpeg" in report) == config.pictures

@@ -21,7 +21,7 @@ from bigmed import sharding
 from bigmed.data import ingest, manifest, schema
 from bigmed.data.sources import open_source
 from bigmed.errors import NonFiniteError, UserError
-from bigmed.evaluators import features, knn, labelled, linear, parts
+from bigmed.evaluators import features, knn, labelled, linear, neighbours, parts
 
 
 @pytest.fixture
@@ -224,8 +224,8 @@ def test_classes_that_cannot_be_learnt_score_alike_everywhere(mesh):
 def test_nearest_equals_brute_force_in_chunks(mesh8, monkeypatch):
     rng = np.random.default_rng(0)
     x, queries = (rng.normal(size=(n, 8)).astype(np.float32) for n in (53, 31))
-    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 53 * 9)  # chunks of 8 queries
-    similarities, indices = knn.nearest(x, queries, 7, mesh8)
+    monkeypatch.setattr(neighbours, "CHUNK_ELEMENTS", 53 * 9)  # chunks of 8 queries
+    similarities, indices = neighbours.nearest(x, queries, 7, mesh8)
     unit = [a / np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True) for a in (queries, x)]
     expected = unit[0] @ unit[1].T
     order = np.argsort(-expected, axis=1)[:, :7]
@@ -238,7 +238,7 @@ def test_votes_equal_sklearn(mesh):
     x, queries = (rng.normal(size=(n, 8)).astype(np.float32) for n in (60, 20))
     actual = rng.integers(3, size=60)
     labels = np.eye(3, dtype=np.int8)[actual]
-    similarities, indices = knn.nearest(x, queries, 9, mesh)
+    similarities, indices = neighbours.nearest(x, queries, 9, mesh)
     prior = knn.prevalence(labels)
     for temperature, weights in (
         (None, "uniform"),
@@ -533,7 +533,7 @@ import types
 import numpy as np
 rank, folder = jax.process_index(), sys.argv[1]
 from bigmed import sharding
-from bigmed.evaluators import features, knn, linear
+from bigmed.evaluators import features, linear, neighbours
 
 def batches(source, *, batch_size, block, num_blocks, **form):
     half = batch_size // num_blocks
@@ -559,7 +559,7 @@ for _ in range(2):  # the second time from the kept file
 labels = (images[:, :1] > 0).astype(np.int8)
 solution = linear.fit(x, labels, [0.1], "multi_label", mesh)
 assert ((linear.predict(solution, 0, x, "multi_label") > 0.5) == labels).mean() > 0.9
-similarity, index = knn.nearest(x, x, 3, mesh)
+similarity, index = neighbours.nearest(x, x, 3, mesh)
 np.testing.assert_array_equal(index[:, 0], np.arange(23))
 print("whole")
 """

@@ -11,18 +11,19 @@ LAYERS = (
     (
         *("losses", "tiled", "tiles", "augment", "optim"),
         *("sharding", "checkpoint", "metrics", "statistics"),
-        *("classification", "calibration", "comparison"),
+        *("classification", "calibration", "comparison", "efficiency"),
     ),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert", "sweep"),
     ("state", "step", "validation", "recorder", "record"),
-    ("train", "nested", "evaluation", "curriculum"),
+    ("train", "nested", "evaluation", "pictures", "curriculum"),
     ("main",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Down within one layer.
 INSIDE = {
-    "curriculum": ("train", "evaluation"),
+    "curriculum": ("train", "evaluation", "pictures"),
+    "pictures": ("train",),
     "evaluation": ("train", "nested"),
     "nested": ("train",),
     "checkpoint": ("sharding",),

@@ -1,115 +1,22 @@
 """The printed table and the HTML report of a made-up workdir."""
 
-import html.parser
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
+from made_up import NAMES, Checker, made_up_run, row
 
-from bigmed import statistics
+from bigmed import comparison, statistics
 from bigmed.evaluators.features import write_npz
 from bigmed.report import html as report
-from bigmed.report import svg, table
-
-NAMES = ("mass", "<b>nodule</b>", "hernia")
-N = 80
-
-
-def row(stage="simclr", seed=0, metric="auc_macro", value=0.8, **overrides):
-    base = {
-        "stage": stage, "evaluator": "linear", "seed": seed, "task": "multi_label",
-        "train_set": "cxr/train", "test_set": "cxr/test", "fraction": 1.0, "metric": metric,
-        "value": value, "ci_low": None if value is None else value - 0.1,
-        "ci_high": None if value is None else value + 0.1, "n_images": 150, "n_patients": 103,
-        "split_sha256": "5e" * 32, "checkpoint": f"00_{stage}/10",
-    }  # fmt: skip
-    return base | overrides
-
-
-class Checker(html.parser.HTMLParser):
-    """Fails on tags that do not nest; collects attributes and text."""
-
-    VOID = {"meta", "img"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes another tag"
-
-    def handle_data(self, data):
-        self.words.append(data)
+from bigmed.report import results, runs, svg, table
 
 
 @pytest.fixture
 def workdir(tmp_path):
-    """Two stages x two seeds with metrics, timing, predictions and results."""
-    workdir = tmp_path / "run"
-    rng = np.random.default_rng(0)
-    labels = (rng.random((N, 3)) < 0.4).astype(np.int8)
-    labels[:, 2] = 0
-    patients = rng.integers(40, size=N)
-    rows, stages = [], []
-    for seed in (0, 1):
-        for strength, stage in ((0.5, "untrained"), (1.5, "simclr")):
-            directory = f"{len(stages):02d}_{stage}_seed{seed}"
-            (workdir / directory).mkdir(parents=True)
-            stages.append(
-                {"name": stage, "seed": seed, "directory": directory, "state": "done",
-                 "steps": 40, "init_from": None}
-            )  # fmt: skip
-            steps = range(10, 50, 10)
-            metrics = [{"step": s, "loss": 6 - s / 20, "lr": 0.1, "probe_loss": 1} for s in steps]
-            timing = [{"step": 0, "event": "compiled", "seconds": 12.4}]
-            timing += [
-                {"step": s, "images_per_second": s, "step_seconds": 0.5, "data_wait_fraction": 0.25}
-                for s in steps
-            ]
-            timing += [{"step": 20, "event": "restarted", "devices": 1}] * seed
-            for name, lines in (("metrics", metrics), ("timing", timing)):
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                (workdir / directory / f"{name}.jsonl").write_text(text)
-            scores = rng.normal(size=(N, 3)) + strength * labels
-            write_npz(
-                workdir / "predictions" / f"{directory}.npz",
-                scores=scores.astype(np.float32), labels=labels,
-                image_ids=np.arange(N).astype(str), patients=patients.astype(str),
-                class_names=np.array(NAMES), task=np.array("multi_label"),
-            )  # fmt: skip
-            found = statistics.estimate(scores, labels, patients, NAMES, "multi_label")
-            rows += [
-                row(
-                    stage, seed, metric, None if np.isnan(e.value) else e.value,
-                    ci_low=e.low, ci_high=e.high, n_images=e.n_images, n_patients=e.n_patients,
-                    label_policy="uncertain=ignore, missing=ignore", chosen={"l2": 0.1},
-                    undefined_classes=["hernia"], predictions=f"{directory}.npz",
-                )
-                for metric, e in found.items()
-            ]  # fmt: skip
-    config = {"data_root": "/home/j.doe/hospital_7", "note": "<script>alert(1)</script>"}
-    files = {
-        "results": rows,
-        "curriculum": {"stages": stages},
-        "config": {"config": config, "versions": {"bigmed": "0.1.0"}, "git_commit": "c0ffee" * 6},
-    }
-    for name, content in files.items():
-        (workdir / f"{name}.json").write_text(json.dumps(content))
-    return workdir
+    return made_up_run(tmp_path / "run")
 
 
 # -------------------------------------------------------------------------------- the printed table
@@ -199,15 +106,34 @@ def test_report_shows_the_numbers(workdir):
 
 def test_report_compares_stages_by_paired_resampling(workdir):
     words = "".join(Checker(report.write_report(workdir).read_text()).words)
-    of_stage = []
+    of_stage, each = [], []
     for stage in ("untrained", "simclr"):
         files = [np.load(p) for p in sorted((workdir / "predictions").glob(f"*{stage}*"))]
         first = files[0]
-        scores = [f["scores"] for f in files]
-        args = (first["labels"], first["patients"], NAMES, "multi_label")
-        of_stage.append(statistics.resample(scores, *args))
+        codes = [list(first["patients"]).index(patient) for patient in first["patients"]]
+        args = (first["labels"], np.array(codes), NAMES, "multi_label")
+        of_stage.append(statistics.resample([f["scores"] for f in files], *args))
+        each.append([statistics.resample([f["scores"]], *args) for f in files])
     d = statistics.paired_difference(of_stage[1], of_stage[0])["auc_macro"]
-    assert f"simclr - untrainedauc_macro{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" in words
+    samples = of_stage[1].samples["auc_macro"] - of_stage[0].samples["auc_macro"]
+    p = comparison.bootstrap_p(samples)
+    seeds = [a.values["auc_macro"] - b.values["auc_macro"] for b, a in zip(*each, strict=True)]
+    shown = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{p:.3f}{p:.3f}{np.std(seeds, ddof=1):.3f}"
+    assert f"simclr - untrainedauc_macro{shown}" in words
+
+
+def test_p_values_are_adjusted_for_all_pairs_of_a_metric(workdir):
+    rows = json.loads((workdir / "results.json").read_text())
+    third = [{**r, "stage": "again"} for r in rows if r["stage"] == "simclr"]
+    made = runs.read_run(workdir)
+    joined = runs.joined_rows([dataclasses.replace(made, rows=[*rows, *third])])
+    ((tested,),) = runs.tested(joined)
+    found = [d for d in results.differences(tested) if d.metric == "auc_macro"]
+    assert [(d.after, d.before) for d in found] == [
+        ("simclr", "untrained"), ("again", "untrained"), ("again", "simclr"),
+    ]  # fmt: skip
+    assert [d.p_holm for d in found] == comparison.holm([d.p for d in found])
+    assert found[2].found.value == 0 and found[2].p == 1 and found[0].p_holm > found[0].p
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "other images"])
@@ -249,11 +175,21 @@ def test_synthetic_data_is_announced(workdir):
     assert notice in report.write_report(workdir).read_text()
 
 
-def test_gallery_is_embedded(workdir):
-    text = report.write_report(workdir, gallery=[('what the "model" sees', b"\x89PNG")]).read_text()
+def test_pictures_are_embedded(workdir):
+    folder = workdir / "pictures"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    about = {"stage": "00_simclr", "title": 'what the "model" sees'}
+    points = {"x": [0.0, 1.0, 2.0], "y": [2.0, 1.0, 0.0], "group": [0, 1, 1], "names": ["a", "b<"]}
+    (folder / "a.json").write_text(json.dumps({"kind": "views", "file": "a.jpg", **about}))
+    (folder / "b.json").write_text(json.dumps({"kind": "map", **about, **points}))
+    text = report.write_report(workdir).read_text()
     checker = Checker(text)
-    assert ("src", "data:image/png;base64,iVBORw==") in checker.attributes
-    assert ("alt", 'what the "model" sees') in checker.attributes
+    assert ("src", "data:image/jpeg;base64,/9j/4A==") in checker.attributes
+    assert ("alt", '00_simclr: what the "model" sees') in checker.attributes
+    assert text.count('class="point s1"') == 2 and "b&lt;" in text
+    (folder / "a.jpg").unlink()
+    assert "data:image" not in report.write_report(workdir).read_text()
 
 
 # -------------------------------------------------------------------------------------- the charts

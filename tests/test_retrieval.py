@@ -9,7 +9,7 @@ from bigmed import curriculum, sharding, statistics
 from bigmed.data import phantom
 from bigmed.data.sources import open_source
 from bigmed.errors import UserError
-from bigmed.evaluators import knn, retrieval
+from bigmed.evaluators import neighbours, retrieval
 from configs import common, convirt
 
 D = 8
@@ -134,7 +134,7 @@ def test_nearest_leaves_out_a_querys_own():
     x, queries = rng.normal(size=(2, 40, D)).astype(np.float32)
     of_x, of_query = rng.integers(-1, 3, (2, 40)).astype(np.int32)
     mesh = sharding.make_mesh({"data": 8})
-    similar, index = knn.nearest(x, queries[:13], 40, mesh, [(of_x, of_query[:13])])
+    similar, index = neighbours.nearest(x, queries[:13], 40, mesh, [(of_x, of_query[:13])])
     for i in range(13):
         own = (of_x == of_query[i]) & (of_query[i] >= 0)
         assert set(index[i][np.isfinite(similar[i])]) == set(np.flatnonzero(~own))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bigmed import classification, statistics
+from bigmed import calibration, classification, statistics
 from bigmed.errors import UserError
 
 NAMES = ("a", "b", "c")
@@ -190,6 +190,22 @@ def test_paired_difference_is_narrower_than_the_intervals_and_zero_for_equal_mod
     assert (none.value, none.low, none.high) == pytest.approx((0, 0, 0), abs=1e-12)
     mean = seeds[0].estimates()["auc_macro"]
     assert mean.value == pytest.approx((one.value + other.value) / 2)
+
+
+def test_a_calibration_error_has_no_interval_as_resampling_raises_it():
+    rng = np.random.default_rng(0)
+    scores = rng.random((200, 2))
+    labels = (rng.random((200, 2)) < scores).astype(np.int8)  # calibrated
+    point = calibration.operating_point(scores, labels, "multi_label")
+    more = {"points": [point], "num_resamples": 200}
+    found = statistics.resample(
+        [scores], labels, np.arange(200), NAMES[:2], "multi_label", **more
+    )
+    name = "calibration/ece"
+    assert (found.samples[name] > found.values[name]).mean() > 0.9
+    estimates = found.estimates()
+    assert estimates[name].low is None and estimates[name].undefined_resamples == 0
+    assert estimates["calibration/brier"].low < estimates["calibration/brier"].value
 
 
 def test_label_policies():

@@ -22,7 +22,8 @@ from sklearn.metrics import roc_auc_score
 
 from bigmed import sharding, statistics
 from bigmed.classification import classification_metrics
-from bigmed.evaluators import knn, linear
+from bigmed.evaluators import linear
+from bigmed.evaluators.neighbours import nearest
 
 PARTS = flags.DEFINE_list("parts", ["bootstrap", "l2_grid", "neighbours"], "which of them")
 GRID = tuple(np.logspace(-6, 5, 45))  # of SimCLR's transfer (arXiv 2002.05709, B.8)
@@ -121,7 +122,7 @@ def neighbours() -> None:
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    similarities, indices = knn.nearest(x, x[:queries], k, mesh)
+    similarities, indices = nearest(x, x[:queries], k, mesh)
     took = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     exact = x[:3] @ x.T / np.linalg.norm(x, axis=1) / np.linalg.norm(x[:3], axis=1)[:, None]

@@ -1,19 +1,15 @@
-"""k nearest neighbours by cosine similarity on frozen features, in chunks of queries."""
+"""k nearest neighbours by cosine similarity on frozen features."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bigmed import sharding
 from bigmed.errors import UserError, did_you_mean
-from bigmed.evaluators.probe import Probe, place
+from bigmed.evaluators.neighbours import nearest
+from bigmed.evaluators.probe import Probe
 
 WEIGHTINGS = ("softmax", "uniform")
-CHUNK_ELEMENTS = 2**26  # similarities held at once on the devices: 256 MiB
 
 
 class Evaluator(Probe):
@@ -67,66 +63,6 @@ class Evaluator(Probe):
         ks = [setting["k"] for setting in settings]
         similarities, indices = nearest(x, queries, max(ks), self._mesh)
         return votes(similarities, targets[indices], ks, prevalence(targets), self._temperature)
-
-
-def nearest(
-    x: np.ndarray,
-    queries: np.ndarray,
-    k: int,
-    mesh: jax.sharding.Mesh,
-    left_out: Sequence[tuple[np.ndarray, np.ndarray]] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar rows of x [N, D] to each of queries [M, D], the most similar first.
-
-    Memory on the devices is linear in N: the queries go in chunks, divided over the mesh.
-
-    Args:
-      left_out: pairs of codes, int32 [N] of the rows and [M] of the queries: rows of a query's own
-        code are not for it. No negative code is anyone's own.
-
-    Returns:
-      Cosine similarities float32 [M, k] and row numbers int32 [M, k]; where a query has fewer than
-      k rows the similarities of the others are -inf.
-    """
-    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    chunk = max(1, min(CHUNK_ELEMENTS // len(x), len(queries)) // shards) * shards
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    search = jax.jit(_search, static_argnums=2, out_shardings=everywhere)
-    known = place(x, everywhere)
-    lengths = jax.jit(_length, out_shardings=everywhere)(known)
-    own_codes = [place(of_x, everywhere) for of_x, _ in left_out]
-    parts = []
-    for start in range(0, len(queries), chunk):
-        part = queries[start : start + chunk]
-        missing = chunk - len(part)
-        padded = np.pad(part, ((0, missing), (0, 0)))
-        codes = [
-            (of_x, place(np.pad(of_query[start : start + chunk], (0, missing)), rows))
-            for of_x, (_, of_query) in zip(own_codes, left_out, strict=True)
-        ]
-        found = search(known, lengths, k, place(padded, rows), codes)
-        parts.append([np.asarray(array)[: len(part)] for array in found])
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-
-def _search(
-    x: jax.Array,
-    lengths: jax.Array,
-    k: int,
-    queries: jax.Array,
-    left_out: Sequence[tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, jax.Array]:
-    queries = queries / _length(queries)[:, None]
-    similarity = jnp.einsum("md,nd->mn", queries, x, precision="highest")
-    similarity = similarity / lengths[None]  # rather than x, of which this would be a copy
-    for of_x, of_query in left_out:
-        own = (of_query[:, None] == of_x[None]) & (of_query[:, None] >= 0)
-        similarity = jnp.where(own, -jnp.inf, similarity)
-    return jax.lax.top_k(similarity, k)
-
-
-def _length(x: jax.Array) -> jax.Array:
-    return jnp.maximum(jnp.linalg.norm(x, axis=1), 1e-12)
 
 
 def prevalence(targets: np.ndarray) -> np.ndarray:

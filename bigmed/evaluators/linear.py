@@ -17,7 +17,7 @@ import optax
 from bigmed import sharding, statistics
 from bigmed.errors import UserError
 from bigmed.evaluators.parts import learnable
-from bigmed.evaluators.probe import Probe, place
+from bigmed.evaluators.probe import Probe
 
 log = logging.getLogger("bigmed")
 
@@ -165,8 +165,8 @@ def fit(
     shared = (offset, np.asarray(l2, np.float32)[falling])
     with jax.default_matmul_precision("highest"):
         solved = _solve_compiled(
-            *(place(_pad(array, size), rows) for array in split),
-            *(place(array, everywhere) for array in shared),
+            *(sharding.place(_pad(array, size), rows) for array in split),
+            *(sharding.place(array, everywhere) for array in shared),
             task == "single_label",
             max_iterations,
         )

@@ -15,6 +15,7 @@ import numpy as np
 
 from bigmed.evaluators import features
 from bigmed.evaluators.labelled import Labelled, Learnt
+from bigmed.evaluators.neighbours import SHOWN, Features, Neighbours, nearest, spread
 
 log = logging.getLogger("bigmed")
 
@@ -67,9 +68,7 @@ class Probe(Labelled):
 
     def learn(self, state: Any) -> Iterator[Learnt]:
         """The setting that is best on validation (the first of equals), and its scores."""
-        cache_key = json.dumps(
-            [features.weights_fingerprint(state), self._preprocessing], sort_keys=True
-        )
+        cache_key = self._cache_key(state)
         x = {name: self._features(name, state, cache_key) for name in self._parts}
         targets = {name: self._targets(name) for name in ("train", "val")}
         settings = self.settings(len(x["train"]))
@@ -85,6 +84,39 @@ class Probe(Labelled):
             again = self._scores(upto, both, labels, x, self._test_sets)
             chosen |= {name: of_settings[-1] for name, of_settings in again.items()}
         yield Learnt(settings[best], chosen)
+
+    def neighbours(self, state: Any) -> Iterator[Neighbours]:
+        """A few test images with the training images that lie nearest to them."""
+        test, train = self._parts["test"], self._parts["train"]
+        picks = spread(test.labels)
+        x, queries = (self._of_units(name, state) for name in ("train", "test"))
+        if not len(picks):
+            return
+        _, index = nearest(x, queries[picks], min(SHOWN, len(x)), self._mesh)
+        yield Neighbours(
+            title=f"{test.source.name} in {train.source.name}",
+            queries=test.source,
+            found=train.source,
+            query_rows=test.rows[test.first][picks],
+            found_rows=train.rows[train.first][index],
+            query_labels=test.labels[picks],
+            found_labels=train.labels[index],
+            class_names=self._classes,
+        )
+
+    def features(self, state: Any) -> Iterator[Features]:
+        """Those of the test images."""
+        test = self._parts["test"]
+        x = self._of_units("test", state)
+        yield Features(test.source.name, x, test.labels, self._classes)
+
+    def _of_units(self, name: str, state: Any) -> np.ndarray:
+        x = self._features(name, state, self._cache_key(state))
+        return x if self._average == "features" else self._parts[name].average(x)
+
+    def _cache_key(self, state: Any) -> str:
+        weights = features.weights_fingerprint(state)
+        return json.dumps([weights, self._preprocessing], sort_keys=True)
 
     def _features(self, name: str, state: Any, cache_key: str) -> np.ndarray:
         """float32 [n, D], or [m, D] where they are averaged."""
@@ -121,8 +153,3 @@ class Probe(Labelled):
 
     def _identity(self) -> Any:
         return self._preprocessing
-
-
-def place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds -> a global one."""
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])

@@ -18,7 +18,8 @@ from bigmed import statistics
 from bigmed.data import texts
 from bigmed.data.sources import Source, joined_patients, open_source
 from bigmed.errors import UserError
-from bigmed.evaluators import features, knn
+from bigmed.evaluators import features
+from bigmed.evaluators.neighbours import SHOWN, Neighbours, nearest, spread
 
 CHUNK_ELEMENTS = 2**24  # pairs of a query and a candidate whose classes are compared at once
 
@@ -113,6 +114,10 @@ class Evaluator:
         if not self._ks:
             raise UserError(f"ks={tuple(ks)}: there are {len(self._candidates.rows)} candidates")
 
+    def sources(self) -> dict[str, Source]:
+        """Of both sides, by name."""
+        return {"queries": self._query.source, "candidates": self._candidates.source}
+
     def _side(self, source: Source, name: str, text: texts.Texts | None) -> Side:
         positive = statistics.apply_label_policy(source.labels, self._uncertain) == 1
         keep = positive.any(axis=1)
@@ -146,11 +151,7 @@ class Evaluator:
         Yields:
           A row for each metric, as `Probe.run`; `train_set` are the candidates.
         """
-        weights = features.weights_fingerprint(state)
-        name, predict_fn = self._preprocessing["representation"], self._predict_fn
-        x = self._features(name, predict_fn, self._candidates, state, weights, None)
-        name, predict_fn = self._of_query or (name, predict_fn)
-        queries = self._features(name, predict_fn, self._query, state, weights, self._text)
+        queries, x = self._both(state)
         values = self._precision(queries, x)
         query, candidates = self._query.source, self._candidates.source
         if self._of_query and query.fingerprint == candidates.fingerprint:
@@ -176,6 +177,42 @@ class Evaluator:
         }
         yield from statistics.rows(estimates, common)
 
+    def neighbours(self, state: Any) -> Iterator[Neighbours]:
+        """A few queries with the candidates that are found; a text's own image stands for it."""
+        queries, x = self._both(state)
+        query, candidates = self._query, self._candidates
+        picks = spread(query.positive)
+        _, index = nearest(
+            x, queries[picks], min(SHOWN, len(x)), self._mesh, self._left_out(picks)
+        )
+        by = "by the report of the first image" if self._of_query else "by image"
+        yield Neighbours(
+            title=f"{query.source.name} in {candidates.source.name}, {by}",
+            queries=query.source,
+            found=candidates.source,
+            query_rows=query.rows[picks],
+            found_rows=candidates.rows[index],
+            query_labels=query.positive[picks],
+            found_labels=candidates.positive[index],
+            class_names=tuple(query.source.class_names),
+        )
+
+    def _both(self, state: Any) -> tuple[np.ndarray, np.ndarray]:
+        """float32 features [Q, D] of the queries and [N, D] of the candidates."""
+        weights = features.weights_fingerprint(state)
+        name, predict_fn = self._preprocessing["representation"], self._predict_fn
+        x = self._features(name, predict_fn, self._candidates, state, weights, None)
+        name, predict_fn = self._of_query or (name, predict_fn)
+        return self._features(name, predict_fn, self._query, state, weights, self._text), x
+
+    def _left_out(self, picks: np.ndarray | slice = slice(None)) -> list[Any]:
+        """Which candidates are not for which of the queries; see `neighbours.nearest`."""
+        people = joined_patients([self._query.source, self._candidates.source])
+        pairs = [(people[1][self._candidates.rows], people[0][self._query.rows][picks])]
+        if self._query.text_ids is not None and self._candidates.text_ids is not None:
+            pairs.append((self._candidates.text_ids, self._query.text_ids[picks]))
+        return pairs
+
     def _features(
         self, name: str, predict_fn: Any, side: Side, state: Any, weights: str, text: Any
     ) -> np.ndarray:
@@ -196,11 +233,8 @@ class Evaluator:
 
     def _precision(self, queries: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
         """{metric: float64 [Q], NaN where it is undefined}."""
-        people = joined_patients([self._query.source, self._candidates.source])
-        left_out = [(people[1][self._candidates.rows], people[0][self._query.rows])]
-        if self._query.text_ids is not None and self._candidates.text_ids is not None:
-            left_out.append((self._candidates.text_ids, self._query.text_ids))
-        similar, index = knn.nearest(x, queries, max(self._ks), self._mesh, left_out)
+        left_out = self._left_out()
+        similar, index = nearest(x, queries, max(self._ks), self._mesh, left_out)
         classes = (self._query.positive, self._candidates.positive)
         hits = (classes[0][:, None] & classes[1][index]).any(axis=2) & np.isfinite(similar)  # QK
         relevant, eligible = _counts(*classes, left_out)
@@ -223,7 +257,7 @@ class Evaluator:
         """Whether an image of a text's own case is among the first k, and its chance: [Q]."""
         cases = self._query.source.cases
         of_query, of_candidate = cases[self._query.rows], cases[self._candidates.rows]
-        _, index = knn.nearest(x, queries, max(self._ks), self._mesh)
+        _, index = nearest(x, queries, max(self._ks), self._mesh)
         hits = of_candidate[index] == of_query[:, None]  # QK
         owned = (of_candidate[None] == of_query[:, None]).sum(axis=1)
         values = {}
@@ -243,7 +277,7 @@ def _counts(
 
     Args:
       of_queries, of_candidates: bool [Q, L] and [N, L], their classes.
-      left_out: see `knn.nearest`.
+      left_out: see `neighbours.nearest`.
     """
     chunk = max(1, CHUNK_ELEMENTS // len(of_candidates))
     relevant, eligible = [], []
