@@ -319,7 +319,11 @@ def evaluator(folder: str, name: str, **overrides) -> ConfigDict:
         "representation": "encoder",  # or 'head_1', ...: after so many layers of the head
         "classes": (),  # the label columns to use; () for all
         "fraction": 1.0,  # of the training patients whose labels may be used
-        "uncertain": "ignore",  # what label -1 counts as: 'ignore', 'zeros', 'ones'
+        # what label -1 counts as: 'ignore', 'zeros', 'ones', 'smooth', 'three_class'
+        "uncertain": "ignore",
+        "average": placeholder(str),  # over the images of a case: 'features', 'scores'
+        "details": True,  # metrics at thresholds, and calibration
+        "interval": "bootstrap",  # or 'delong' of single classes
         "select_by": "auc_macro",  # on the validation split
         "refit": False,  # on train and validation together, once chosen
         "num_resamples": 1000,  # of patients, for the 95 % intervals

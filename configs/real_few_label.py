@@ -58,12 +58,14 @@ def get_config(arg: str = ""):
     elsewhere = common.source("{data_root}/cxr_actualmed", "train+val+test")
     findings = {
         "classes": common.CXR_FINDINGS,
+        "details": False,  # 1,152 cells
         "shift": {
             "kermany": {"source": everyone, "label_map": {"Pneumonia": PNEUMONIA[1:]}},
         },
     }
     pneumonia = {
         "classes": PNEUMONIA,
+        "details": False,
         "shift": {
             # Covid-19 is a viral pneumonia
             "actualmed": {
