@@ -17,9 +17,9 @@ paper in place of the small grid of ours:
 
 'bit_*' want images of 128 px where the originals are below 96 x 96, else of 480 px.
 
-Hours: not measured on an accelerator yet; 'simclr' trains 56 times 20,000 steps. Expected metric:
-depends on the images; above the linear probe, and 'given' above 'untrained'. `:smoke` runs it on
-synthetic data.
+Hours: not measured on an accelerator yet; 'simclr' trains 56 times 20,000 steps.
+Expected metric: depends on the images; above the linear probe, and 'given' above 'untrained'.
+`:smoke` runs it on synthetic data.
 """
 
 from ml_collections import ConfigDict
