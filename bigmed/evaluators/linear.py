@@ -21,7 +21,7 @@ from bigmed.evaluators.probe import Probe
 
 log = logging.getLogger("bigmed")
 
-L2_GRID = tuple(float(value) for value in np.logspace(-6, 4, 21))
+L2_GRID = tuple(float(value) for value in np.logspace(-6, 2, 17))
 MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
 MIN_CURVATURE = 1e-6  # of a class's p (1 - p), for the units of `_solve_grid`
 LINE_STEPS = 20  # points that a line search tries
