@@ -75,6 +75,8 @@ def run(
                 )
                 draws = config.pictures and entry["seed"] == config.seeds[0]
                 _run_entry(entry, stage, evaluators, workdir, record, stop, draws)
+                if config.sweep.fractions and entry != plan[-1]:  # long: what is known so far
+                    log.info("%s", table.format_table(record.rows))
     if main_process:
         html.write_report(workdir)
     return table.format_table(record.rows)

@@ -150,7 +150,20 @@ def resample(
       class_names, task: see `classification_metrics`.
       points: for each training seed what was chosen on validation; () for the metrics without.
       num_resamples, seed: see `bootstrap`; the same seed draws the same patients for every model.
+
+    Raises:
+      UserError: predictions, labels and patients of different numbers of images; a score that is
+        not finite; see also `usable`.
     """
+    for one in scores:
+        if not len(one) == len(labels) == len(patients):
+            raise UserError(
+                f"predictions of {len(one)} images, labels of {len(labels)}, patients of "
+                f"{len(patients)}: valid: one of each for every image"
+            )
+        if not np.isfinite(one).all():
+            row = int(np.argmin(np.isfinite(one).all(axis=1)))
+            raise UserError(f"the prediction of image {row} is not finite")
     keep = usable(labels, task)
     labels, patients = labels[keep], patients[keep]
     unique, codes = np.unique(patients, return_inverse=True)

@@ -33,7 +33,8 @@ def test_an_unknown_argument_is_named(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_smoke_form_ends_in_a_report(name, tmp_path):
+def test_every_smoke_form_ends_in_a_report(name, tmp_path, caplog):
+    caplog.set_level("INFO", "bigmed")
     config = load(name, "smoke")
     config.pictures = name in WITH_PICTURES
     printed = curriculum.run(config, tmp_path, stop=lambda: False)
@@ -45,6 +46,8 @@ def test_every_smoke_form_ends_in_a_report(name, tmp_path):
         if row["value"] is not None and row["ci_low"] is not None:
             assert row["ci_low"] <= row["value"] <= row["ci_high"]
     assert all(stage in printed for stage in config.stages)
+    # a sweep shows its table after every stage
+    assert ("auc_macro of " in caplog.text) == bool(config.sweep.fractions)
     report = (tmp_path / "report.html").read_text()
     assert "synthetic" in report.lower()
     # No patient id of the data set may reach anything that the run reports.

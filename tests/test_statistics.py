@@ -208,6 +208,16 @@ def test_a_calibration_error_has_no_interval_as_resampling_raises_it():
     assert estimates["calibration/brier"].low < estimates["calibration/brier"].value
 
 
+def test_predictions_that_do_not_fit_are_refused():
+    scores, labels, patients = multi_label_set()
+    for wrong in ((scores[1:], labels, patients), (scores, labels, patients[:-1])):
+        with pytest.raises(UserError, match="predictions of 1.. images, labels of 120, patients"):
+            statistics.estimate(*wrong, NAMES, "multi_label")
+    scores[7, 1] = np.nan
+    with pytest.raises(UserError, match="prediction of image 7 is not finite"):
+        statistics.estimate(scores, labels, patients, NAMES, "multi_label")
+
+
 def test_label_policies():
     labels = np.array([[1, 0, -1, -2]], np.int8)
     assert statistics.apply_label_policy(labels, "ignore").tolist() == [[1, 0, -1, -2]]
