@@ -8,22 +8,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bigmed import augment, checkpoint, metrics, pictures, sharding, sweep, train, tree
+from bigmed import augment, checkpoint, lineage, metrics, pictures, sharding, sweep, train, tree
 from bigmed.convert import weights as foreign
-from bigmed.data import phantom
 from bigmed.data.card import card
 from bigmed.errors import Preempted, UserError, did_you_mean
-from bigmed.evaluation import make_evaluator
-from bigmed.places import fill_places
+from bigmed.evaluation import check_held_out, make_evaluator
 from bigmed.record import Record, check_config, write_config, write_data
 from bigmed.report import html, table
+from bigmed.stages import prepare_stage
 
 log = logging.getLogger("bigmed")
-
-NOT_PER_STAGE = (
-    "stages", "stage", "seeds", "evaluate", "evaluator", "sweep", "phantom", "mesh", "data_root",
-    "pictures",
-)  # fmt: skip
 
 
 def run(
@@ -98,43 +92,6 @@ def _plan(config: ConfigDict) -> Iterator[dict[str, Any]]:
             index += 1
 
 
-def prepare_stage(
-    config: ConfigDict, name: str, seed: int, workdir: pathlib.Path
-) -> ConfigDict:
-    """The base config with the overrides of one stage, its folders filled in and its data there.
-
-    Raises:
-      UserError: no such stage, an override of an unknown key, or an unset `config.data_root`.
-    """
-    if name not in config.stage:
-        raise UserError(f"no stage '{name}': {did_you_mean(name, config.stage)}")
-    if config.get("phantom"):
-        phantom.prepare(workdir / "data" / "phantom", **config.phantom)
-    whole = config.copy_and_resolve_references()  # stages must not see one another's overrides
-    base = ConfigDict({k: v for k, v in whole.items() if k not in NOT_PER_STAGE})
-    base.seed = seed
-    _override(base, config.stage[name], f"config.stage.{name}")
-    return fill_places(base, config.data_root, workdir)
-
-
-def _override(base: ConfigDict, changes: Mapping[str, Any], where: str) -> None:
-    """Overrides known keys in place; a section that names another component replaces the old one.
-
-    The entries of `source` are data sets by name: each is replaced whole, and may be a new one.
-    """
-    free = where.endswith(".source")
-    for key, value in changes.items():
-        if key not in base and not free:
-            raise UserError(f"{where}.{key} is no key of the config; {did_you_mean(key, base)}")
-        old = base.get(key)
-        section = not free and isinstance(value, ConfigDict) and isinstance(old, ConfigDict)
-        if section and value.get("name", old.get("name")) == old.get("name"):
-            _override(old, value, f"{where}.{key}")
-        else:
-            with base.ignore_type():
-                base[key] = value
-
-
 def _make_ready(
     entry: Mapping[str, Any],
     config: ConfigDict,
@@ -143,8 +100,10 @@ def _make_ready(
     workdir: pathlib.Path,
     record: Record,
     stop: Callable[[], bool],
-) -> tuple[train.Stage, list[tuple[sweep.Cell, Any]]]:
+) -> tuple[train.Stage, list[tuple[sweep.Cell, Any, dict[str, Any]]]]:
     """A stage and its cells that have not run, each with its evaluator; configs and data checked.
+
+    An evaluator comes with what all of its rows say.
     """
     stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
     source = stage_config.init_from
@@ -176,20 +135,24 @@ def _make_ready(
         abstract = {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
         tree.merge(abstract, weights, load, skip)  # refuses what does not fit, before anything runs
     missing = record.not_evaluated(entry, cells)
+    names = dict.fromkeys(cell.evaluator for cell in missing)
+    seen = lineage.trace(config, entry["name"], stage, workdir) if names else None
+    about = {name: check_held_out(name, config, stage, seen, workdir) for name in names}
     whole = {  # a sweep opens the data sets of an evaluator once
-        name: make_evaluator(name, config, stage, workdir, record.hash_key, stop)
-        for name in dict.fromkeys(cell.evaluator for cell in missing)
+        name: make_evaluator(name, config, stage, workdir, record.hash_key, stop) for name in names
     }
-    return stage, [
-        (cell, whole[cell.evaluator].with_subset(*cell.subset) if cell.subset else whole[cell.name])
-        for cell in missing
-    ]
+    made = []
+    for cell in missing:
+        evaluator = whole[cell.evaluator]
+        evaluator = evaluator.with_subset(*cell.subset) if cell.subset else evaluator
+        made.append((cell, evaluator, about[cell.evaluator]))
+    return stage, made
 
 
 def _run_entry(
     entry: Mapping[str, Any],
     stage: train.Stage,
-    evaluators: Sequence[tuple[sweep.Cell, Any]],
+    evaluators: Sequence[tuple[sweep.Cell, Any, Mapping[str, Any]]],
     workdir: pathlib.Path,
     record: Record,
     stop: Callable[[], bool],
@@ -198,10 +161,10 @@ def _run_entry(
     """Trains or continues a stage, evaluates it, then draws its pictures if asked to."""
     state = train.restore(stage)
     if state is None:
-        weights, load, skip, lineage = _handed_over(stage, record, workdir)
+        weights, load, skip, origin = _handed_over(stage, record, workdir)
         state = train.fresh(stage, weights, load, skip)
-        record.update(entry, state="running", init_from=lineage)
-    record.update(entry, encoder=_describe_encoder(stage.config))
+        record.update(entry, state="running", init_from=origin)
+    record.update(entry, encoder=_describe_encoder(stage.config), saw=lineage.own_splits(stage))
     log.info(
         "%s: %s parameters, %s, steps %d to %d",
         stage.label,
@@ -215,24 +178,25 @@ def _run_entry(
     progress = None
     if evaluators and jax.process_index() == 0:
         progress = metrics.Progress(f"{stage.label}: evaluations", len(evaluators))
-    for number, (cell, evaluator) in enumerate(evaluators, start=1):
+    for number, (cell, evaluator, about) in enumerate(evaluators, start=1):
         if stop():
             raise Preempted(
                 f"{stage.label}: stopped on request before '{cell.name}'; it is trained"
             )
-        rows = list(evaluator.run(state, checkpoint=f"{stage.label}/{weights}"))
+        found = evaluator.run(state, checkpoint=f"{stage.label}/{weights}")
+        rows = [{**row, **about} for row in found]
         record.add_rows(entry, cell, rows)
         if progress is not None:
             progress.update(number, " ".join([cell.name, *map(table.describe_row, rows[:1])]))
     if progress is not None:
         progress.close()
     if draws:
-        last = {cell.evaluator: evaluator for cell, evaluator in evaluators}  # the most labels
+        last = {cell.evaluator: evaluator for cell, evaluator, _ in evaluators}  # the most labels
         pictures.draw(stage, list(last.values()), state, workdir)
 
 
 def _cards(
-    made: Iterable[tuple[train.Stage, Sequence[tuple[sweep.Cell, Any]]]],
+    made: Iterable[tuple[train.Stage, Sequence[tuple[sweep.Cell, Any, Any]]]],
 ) -> Iterator[dict[str, Any]]:
     """What the data sets of stages and evaluators hold."""
     for stage, evaluators in made:
@@ -241,7 +205,7 @@ def _cards(
             name = stage.config.objective.name
             yield from (card(source, f"pretraining ({name})") for source in stage.pipeline.sources)
             yield from (card(source, "validation of pretraining") for source in validated)
-        for name, evaluator in {cell.evaluator: e for cell, e in evaluators}.items():
+        for name, evaluator in {cell.evaluator: e for cell, e, _ in evaluators}.items():
             for use, source in evaluator.sources().items():
                 yield card(source, f"{name}: {use}")
 
@@ -263,7 +227,7 @@ def _describe_encoder(config: ConfigDict) -> dict[str, Any]:
 def _handed_over(
     stage: train.Stage, record: Record, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any] | None]:
-    """(weights, load patterns, skip patterns, lineage) of a stage's `init_from`.
+    """(weights, load patterns, skip patterns, what the record says) of a stage's `init_from`.
 
     Without patterns, what the objective calls worth carrying is taken, where the source has it.
     """
@@ -296,9 +260,9 @@ def _handed_over(
     )
     if not load:
         raise UserError(f"init_from: {origin} has no weights that this objective carries over")
-    lineage = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
-    lineage |= {"naming": source.naming} if source.naming else {}
-    return weights, load, tuple(source.skip), lineage
+    told = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
+    told |= {"naming": source.naming} if source.naming else {}
+    return weights, load, tuple(source.skip), told
 
 
 def _foreign(stage: train.Stage) -> tuple[dict[str, Any], str]:

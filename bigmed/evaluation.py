@@ -1,15 +1,16 @@
 """The evaluators of a stage, from their sections of the config."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from bigmed import nested, sweep, train
+from bigmed import lineage, nested, sweep, train
 from bigmed.data import sources
 from bigmed.errors import UserError, did_you_mean
 from bigmed.places import fill_places
+from bigmed.report.table import CLEAN
 from bigmed.resolve import resolve
 
 
@@ -21,16 +22,15 @@ def make_evaluator(
     hash_key: bytes,
     stop: Callable[[], bool],
 ) -> Any:
-    """One evaluator of a stage: no patient of its test may be in what its weights saw.
+    """One evaluator of a stage.
 
     Raises:
       UserError: a key, value or data set of its section that cannot work.
     """
     section = config.evaluator[name]
     settings = dict(fill_places(section, config.data_root, workdir))
+    settings.pop("transductive", None)  # of `check_held_out`
     evaluator_class = resolve(settings.pop("name", name), "bigmed.evaluators", "Evaluator")
-    if stage.total_steps:
-        _check_held_out(evaluator_class, settings, stage)
     if getattr(evaluator_class, "TRAINS", False):
         digest = sweep.Cell(name, name, section, None).digest()
         trains = nested.Trainer(stage, stage.directory / f"{name}-{digest[:8]}", stop)
@@ -53,13 +53,75 @@ def make_evaluator(
         raise UserError(f"config.evaluator.{name}: {error}") from error
 
 
-def _check_held_out(evaluator_class: Any, settings: dict[str, Any], stage: train.Stage) -> None:
-    validated = stage.validation.pipeline.sources if stage.validation else ()
-    held_out = [settings[key] for key in getattr(evaluator_class, "HELD_OUT", ("test",))]
-    held_out += [other["source"] for other in (settings.get("shift") or {}).values()]
-    for test in map(sources.open_source, held_out):
-        for source in (*stage.pipeline.sources, *validated):
-            sources.check_disjoint(source, test)
+def check_held_out(
+    name: str, config: ConfigDict, stage: train.Stage, seen: lineage.Lineage, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """Compares the patients of an evaluator with those that the weights have seen.
+
+    No patient of a test set may have been trained on, or have helped to choose the weights. Nor may
+    a patient of the split `val` have been trained on: settings, thresholds and temperatures that
+    are chosen on images that the network was fitted to are too good for others. (It may have chosen
+    the weights: that is what it is for.) The split `train` may have been seen.
+
+    `transductive=True` in the evaluator's section declares that unlabelled images of its patients
+    were in pretraining, as where a method is to be fitted to exactly the images at hand. It is no
+    excuse for weights that saw labels or reports of theirs.
+
+    Args:
+      name: of the evaluator.
+      config: of the run.
+      stage: whose weights are evaluated.
+      seen: of `lineage.trace`.
+      workdir: of the run.
+
+    Returns:
+      What every row says: `transductive`, whether it is declared; `leakage`, 'none found', or what
+      was found where it is declared, or 'unchecked: ' and what cannot be known.
+
+    Raises:
+      UserError: patients are shared; says how many and with what, never who.
+    """
+    settings = fill_places(config.evaluator[name], config.data_root, workdir)
+    found: dict[str, None] = {}
+    unknown = dict.fromkeys(seen.unknown)
+    for key, about in _held_out(name, settings).items() if seen.sights else ():
+        source = sources.open_source(about)
+        for sight in seen.sights:
+            shared = sources.shared_patients(sight.source, source)
+            if shared is None:
+                nameless = [s.name for s in (sight.source, source) if not s.has_patients]
+                unknown |= dict.fromkeys(f"'{one}' names no patients" for one in nameless)
+            elif shared and (sight.trained or key != "val"):
+                said = f"'{source.name}' shares {shared} patients with {sight.say()}"
+                if not settings.get("transductive"):
+                    raise UserError(
+                        f"config.evaluator.{name}.{key}: {said}; splits must be disjoint by "
+                        "patient: split again, or give one an id_space if equal ids are other "
+                        "people, or set transductive=True there to say that images without labels "
+                        "were meant to be seen"
+                    )
+                learnt = resolve(sight.objective, "bigmed.objectives", "Objective").LEARNS_FROM
+                if learnt:
+                    raise UserError(
+                        f"config.evaluator.{name}.{key}: {said}, and learnt from their {learnt}; "
+                        "transductive=True is for images alone"
+                    )
+                found[said] = None
+    notes = [*found, *(f"unchecked: {reason}" for reason in unknown)]
+    return {
+        "transductive": bool(settings.get("transductive")),
+        "leakage": "; ".join(notes) or CLEAN,
+    }
+
+
+def _held_out(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sources of an evaluator that weights may not have seen, by their key in its section."""
+    evaluator_class = resolve(settings.get("name", name), "bigmed.evaluators", "Evaluator")
+    keys = (*getattr(evaluator_class, "HELD_OUT", ("test",)), "val")
+    shift = settings.get("shift") or {}
+    return {key: settings[key] for key in keys if key in settings} | {
+        f"shift.{key}": other["source"] for key, other in shift.items()
+    }
 
 
 def _representation(

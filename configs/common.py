@@ -326,6 +326,7 @@ def evaluator(folder: str, name: str, **overrides) -> ConfigDict:
         "interval": "bootstrap",  # or 'delong' of single classes
         "select_by": "auc_macro",  # on the validation split
         "refit": False,  # on train and validation together, once chosen
+        "transductive": False,  # whether pretraining was meant to see images of val or test
         "num_resamples": 1000,  # of patients, for the 95 % intervals
         "batch_size": 256,
         "seed": 0,
@@ -384,6 +385,7 @@ def retrieval(images: ConfigDict, **overrides) -> ConfigDict:
         "ks": (1, 5, 10, 50),
         "classes": (),
         "uncertain": "ignore",
+        "transductive": False,
         "num_resamples": 1000,
         "batch_size": 256,
         "seed": 0,

@@ -16,15 +16,16 @@ LAYERS = (
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert", "sweep"),
     ("state", "step", "validation", "recorder", "record"),
-    ("train", "nested", "evaluation", "pictures", "curriculum"),
+    ("train", "nested", "stages", "lineage", "evaluation", "pictures", "curriculum"),
     ("main",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Down within one layer.
 INSIDE = {
-    "curriculum": ("train", "evaluation", "pictures"),
+    "curriculum": ("train", "evaluation", "lineage", "stages", "pictures"),
+    "evaluation": ("train", "nested", "lineage"),
+    "lineage": ("train", "stages"),
     "pictures": ("train",),
-    "evaluation": ("train", "nested"),
     "nested": ("train",),
     "checkpoint": ("sharding",),
     "losses": ("tiled", "sharding"),

@@ -107,7 +107,9 @@ def test_without_patient_ids_each_image_is_its_own_patient_and_this_is_said(toy)
     source = _open(toy, fields={"image": "img", "labels": "label"})
     assert len(set(source.patients.tolist())) == 24
     assert "no patient ids: each image counts as its own patient" in source.describe()
-    check_disjoint(source, _open(toy))  # nothing to compare
+    check_disjoint(source, _open(toy, "test"))  # other records, and no more is known
+    with pytest.raises(UserError, match="'toy/train' and 'toy/train' share 24 patients"):
+        check_disjoint(source, _open(toy))
 
 
 def test_parts_and_sums_of_splits(toy):

@@ -16,7 +16,8 @@ import cv2
 import jax
 from absl import app, flags
 
-from bigmed import augment, curriculum, errors, main, pictures, sharding, train
+from bigmed import augment, errors, main, pictures, sharding, train
+from bigmed.stages import prepare_stage
 
 OUT = flags.DEFINE_string("out", "batch.png", "The PNG to write.")
 STAGE = flags.DEFINE_string("stage", None, "The stage whose batches to draw.")
@@ -33,7 +34,7 @@ def draw(argv: list[str]) -> int:
         stages = [s for s in config.stages if config.stage[s].steps or config.stage[s].epochs]
         name = STAGE.value or (stages or config.stages)[0]
         mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-        stage_config = curriculum.prepare_stage(config, name, config.seeds[0], workdir)
+        stage_config = prepare_stage(config, name, config.seeds[0], workdir)
         stage = train.build_stage(name, stage_config, workdir / "inspect", mesh)
         batch = {k: v[: ROWS.value] for k, v in stage.pipeline.host_batch(STEP.value).items()}
         settings = augment.from_config(stage_config.augment)

@@ -70,6 +70,11 @@ class Records:
         keys = [self.keys[name] for name in names]
         return [self._read_one(int(record), keys) for record in records]
 
+    def places(self) -> set[tuple[str, int]]:
+        """The file and the place in it of every record."""
+        located = map(self._locate, range(len(self)))
+        return {(self.shards[number].path, position) for number, position in located}
+
     def error(self, record: int, reason: str) -> UserError:
         """The error to raise about a record: names the data set, split and record number."""
         number, position = self._locate(int(record))

@@ -216,18 +216,27 @@ def drawn_patients(patient_keys: Sequence[str], fraction: float, seed: int) -> n
     return np.array(uniform) < fraction
 
 
-def check_disjoint(*sources: Source) -> None:
-    """Checks that no patient stands in two of the sources; the ids themselves are compared.
+def shared_patients(one: Source, other: Source) -> int | None:
+    """How many patients two sources share: the ids themselves are compared.
 
-    Sources without patient ids, and sources of different id spaces, cannot be compared.
+    Those of different id spaces are other people. Where one of the sources names no patients, each
+    image counts as its own: the number of records that are in both, or None if there are none, as
+    then it is not known whose the images are.
+    """
+    if one.has_patients and other.has_patients:
+        same_space = one.id_space == other.id_space
+        return len(set(one.patient_keys) & set(other.patient_keys)) if same_space else 0
+    return len(one.records.places() & other.records.places()) or None
+
+
+def check_disjoint(*sources: Source) -> None:
+    """Checks that no two of the sources share patients (`shared_patients`), as far as is known.
 
     Raises:
       UserError: patients are shared; says of which two sources and how many, never who.
     """
     for one, other in itertools.combinations(sources, 2):
-        if not (one.has_patients and other.has_patients) or one.id_space != other.id_space:
-            continue
-        shared = len(set(one.patient_keys) & set(other.patient_keys))
+        shared = shared_patients(one, other)
         if shared:
             raise UserError(
                 f"'{one.name}' and '{other.name}' share {shared} patients; splits must be disjoint "

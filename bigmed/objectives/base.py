@@ -20,6 +20,7 @@
                                that were taken from elsewhere
   predict_fns()                -> {name: f(state, batch) -> [B, D] float32}
   OF_TEXTS                     names of those that read the batch's texts
+  LEARNS_FROM                  'labels', 'reports', or '': images alone
   preprocessing()              what `predict_fns` do to an image
 
 All of them are pure; a batch holds global arrays (`bigmed.data.pipeline`). The cut between `embed`
@@ -73,6 +74,7 @@ class Objective:
     TRANSFER = ("params/(backbone|head)/.*", "batch_stats/(backbone|head)/.*")
     FROZEN: tuple[str, ...] = ()
     OF_TEXTS: tuple[str, ...] = ()
+    LEARNS_FROM = ""
 
     def __init__(self, config: Mapping[str, Any], data: DataSpec):
         self.config = config["objective"]

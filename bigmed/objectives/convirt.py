@@ -59,6 +59,7 @@ class Objective(base.Objective):
 
     IMAGES_PER_EXAMPLE = (1, 2)
     OF_TEXTS = ("text",)
+    LEARNS_FROM = "reports"
     TRANSFER = ("params/backbone/.*", "batch_stats/backbone/.*", "params/text/.*")
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):

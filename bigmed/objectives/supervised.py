@@ -30,6 +30,7 @@ class Objective(base.Objective):
     """
 
     TRANSFER = ("params/(backbone|head)/.*", "batch_stats/(backbone|head)/.*")
+    LEARNS_FROM = "labels"
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NOTE_SYNTHETIC = "synthetic images made by a program: these numbers say nothing about patients"
+NOTE_TRANSDUCTIVE = "transductive: pretraining may have seen its held-out images, without labels"
+CLEAN = "none found"  # `leakage` of rows without anything to tell
 UNDEFINED = "undefined"
 
 
@@ -166,6 +168,21 @@ def is_synthetic(rows: Iterable[Mapping[str, Any]]) -> bool:
     return any(row.get("synthetic") for row in rows)
 
 
+def leakage_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What there is to say of patients that were seen in pretraining; [] where all is well.
+
+    Rows without `leakage` are older than the comparison, and say nothing.
+    """
+    rows = list(rows)
+    notes = []
+    declared = dict.fromkeys(row["evaluator"] for row in rows if row.get("transductive"))
+    if declared:
+        notes.append(f"{', '.join(declared)}: {NOTE_TRANSDUCTIVE}")
+    told = dict.fromkeys(row.get("leakage", CLEAN) for row in rows)
+    phrases = dict.fromkeys(phrase for one in told if one != CLEAN for phrase in one.split("; "))
+    return [*notes, *phrases]
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The main metrics as text: a block for each evaluator and test set, a column for each stage.
 
@@ -188,6 +205,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for cell in by_stage.values()
     ):
         notes.append("several seeds: mean, mean limits, and below them the range of the seeds")
+    notes += leakage_notes(rows)
     if is_synthetic(rows):
         notes.append(NOTE_SYNTHETIC)
     return "\n\n".join([*parts, "\n".join(notes)])
