@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmed.errors import UserError
-from bigmed.evaluators import features, labelled
+from bigmed.evaluators import features, scored
 
 KEY = b"secret of the workdir"
 
@@ -77,12 +77,12 @@ def install(monkeypatch):
     sources = {}
     monkeypatch.setattr(features, "evaluation_batches", memory_batches)
     monkeypatch.setattr(
-        labelled, "open_source", lambda config: sources[config["dir"], config["split"]]
+        scored, "open_source", lambda config: sources[config["dir"], config["split"]]
     )
-    monkeypatch.setattr(labelled, "check_disjoint", refuse_shared_patients)
+    monkeypatch.setattr(scored, "check_disjoint", refuse_shared_patients)
 
     def fill(task="multi_label", sizes=(120, 60, 90), num_classes=3):
-        for i, (split, n) in enumerate(zip(labelled.SPLITS, sizes, strict=True)):
+        for i, (split, n) in enumerate(zip(scored.SPLITS, sizes, strict=True)):
             sources["toy", split] = MemorySource(
                 split, n, task=task, num_classes=num_classes, seed=i, first_patient=1000 * i
             )
@@ -93,6 +93,6 @@ def install(monkeypatch):
 
 def settings(**overrides):
     """Arguments of a probe on the toy data."""
-    splits = {split: {"dir": "toy", "split": split} for split in labelled.SPLITS}
+    splits = {split: {"dir": "toy", "split": split} for split in scored.SPLITS}
     form = {"canvas": 4, "channels": 1, "preprocessing": {"size": 4}, "batch_size": 30}
     return {**splits, **form, "num_resamples": 50, "hash_key": KEY, **overrides}

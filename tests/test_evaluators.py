@@ -21,7 +21,7 @@ from bigmed import sharding
 from bigmed.data import ingest, manifest, schema
 from bigmed.data.sources import open_source
 from bigmed.errors import NonFiniteError, UserError
-from bigmed.evaluators import features, knn, labelled, linear, neighbours, parts
+from bigmed.evaluators import features, knn, linear, neighbours, parts, scored
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_the_setting_is_chosen_on_validation_not_on_test(toy, state, mesh):
 
 def test_refit_learns_from_validation_too(toy, state, mesh):
     sources = toy()
-    train, val, test = (sources["toy", split] for split in labelled.SPLITS)
+    train, val, test = (sources["toy", split] for split in scored.SPLITS)
     evaluator = linear.Evaluator(pixels, mesh, **settings(refit=True, l2_grid=(0.01,)))
     rows = {row["metric"]: row for row in evaluator.run(state, "x")}
     x = np.concatenate([s.images for s in (train, val)]).reshape(-1, 16).astype(np.float64)
@@ -504,7 +504,7 @@ def test_linear_and_knn_on_a_stored_data_set(stored, mesh8, tmp_path):
         return means.reshape(-1, 64) * state["scale"]
 
     state = {"scale": jnp.ones((1, 1))}
-    splits = {s: {"dir": str(stored / "sides"), "split": s} for s in labelled.SPLITS}
+    splits = {s: {"dir": str(stored / "sides"), "split": s} for s in scored.SPLITS}
     form = {"canvas": 32, "channels": 1, "preprocessing": {}, "batch_size": 16, "hash_key": KEY}
     kept = {"cache_dir": tmp_path / "features", "predictions_dir": tmp_path / "predictions"}
     test = open_source(splits["test"])
