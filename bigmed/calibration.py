@@ -26,7 +26,16 @@ class OperatingPoint:
     def scaled(self, probabilities: np.ndarray, task: str) -> np.ndarray:
         """Probabilities [N, L] at the temperatures; as they are where there is none."""
         temperatures = np.where(np.isfinite(self.temperatures), self.temperatures, 1.0)
-        return _at(_logits(probabilities, task), temperatures, task)
+        return probabilities_of(_logits(probabilities, task), temperatures, task)
+
+
+def probabilities_of(logits: np.ndarray, temperatures: np.ndarray, task: str) -> np.ndarray:
+    """Softmax ('single_label') or sigmoids of logits [N, L] / temperatures [1 or L]: [N, L]."""
+    z = logits / temperatures[None]
+    if task == "multi_label":
+        return 0.5 * (1 + np.tanh(0.5 * z))
+    odds = np.exp(z - z.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
 
 
 def operating_point(scores: np.ndarray, labels: np.ndarray, task: str) -> OperatingPoint:
@@ -50,7 +59,7 @@ def operating_point(scores: np.ndarray, labels: np.ndarray, task: str) -> Operat
         picked = labels[known].argmax(axis=1)
 
         def loss(t: float) -> float:
-            p = _at(logits[known], np.array([t]), task)
+            p = probabilities_of(logits[known], np.array([t]), task)
             return -np.log(np.maximum(p[np.arange(len(p)), picked], 1e-300)).mean()
 
         return OperatingPoint(thresholds, np.array([_smallest(loss) if both else np.nan]))
@@ -69,14 +78,6 @@ def operating_point(scores: np.ndarray, labels: np.ndarray, task: str) -> Operat
 def _logits(probabilities: np.ndarray, task: str) -> np.ndarray:
     p = np.clip(np.asarray(probabilities, np.float64), SMALLEST, 1 - SMALLEST)
     return np.log(p) if task == "single_label" else np.log(p) - np.log1p(-p)
-
-
-def _at(logits: np.ndarray, temperatures: np.ndarray, task: str) -> np.ndarray:
-    z = logits / temperatures[None]
-    if task == "multi_label":
-        return 0.5 * (1 + np.tanh(0.5 * z))
-    odds = np.exp(z - z.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
 
 
 def _smallest(loss: Callable[[float], float]) -> float:

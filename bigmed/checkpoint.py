@@ -232,7 +232,7 @@ def load_flat(
     """The newest whole checkpoint of a stage as host arrays, for handing weights over.
 
     Args:
-      directory: a stage's `checkpoints` folder.
+      directory: a stage's `checkpoints` folder, or one of its steps.
       patterns: which paths the caller wants; the others are not returned.
 
     Returns:
@@ -242,7 +242,10 @@ def load_flat(
       UserError: no checkpoint there, or none that reads back whole.
     """
     directory = pathlib.Path(directory).absolute()
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    found = directory.glob("*")
+    if (directory / "meta").is_dir():
+        found, directory = [directory], directory.parent
+    steps = [int(path.name) for path in found if path.name.isdigit()]
 
     def read(step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         meta = read_meta(directory / str(step))

@@ -36,7 +36,7 @@ def make_evaluator(
         trains = nested.Trainer(stage, stage.directory / f"{name}-{digest[:8]}", stop)
         parts: tuple[Any, dict[str, Any]] = (trains, {})
     else:
-        parts = _representation(name, settings, stage, workdir)
+        parts = _representation(name, evaluator_class, settings, stage, workdir)
     first, more = parts
     try:
         return evaluator_class(
@@ -125,11 +125,25 @@ def _held_out(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _representation(
-    name: str, settings: dict[str, Any], stage: train.Stage, workdir: pathlib.Path
+    name: str,
+    evaluator_class: Any,
+    settings: dict[str, Any],
+    stage: train.Stage,
+    workdir: pathlib.Path,
 ) -> tuple[Any, dict[str, Any]]:
     """The function that gives features, and what else their evaluators take; out of `settings`."""
     predict_fns = stage.objective.predict_fns()
     settings.setdefault("representation", "encoder")
+    more: dict[str, Any] = {}
+    if getattr(evaluator_class, "PROMPTED", False):
+        of_prompts, of_texts = settings.get("query_representation"), stage.objective.OF_TEXTS
+        if of_prompts not in of_texts:
+            raise UserError(
+                f"config.evaluator.{name}.query_representation='{of_prompts}': prompts need one of "
+                f"texts, of objective '{stage.config.objective.name}'; "
+                f"{did_you_mean(str(of_prompts), of_texts)}"
+            )
+        more["scale"] = stage.objective.scale
     for key in ("representation", "query_representation"):
         value = settings.get(key)
         if value is not None and value not in predict_fns:
@@ -139,7 +153,7 @@ def _representation(
         if value in stage.objective.OF_TEXTS and not settings.get("text"):
             raise UserError(
                 f"config.evaluator.{name}.{key}='{value}' is of texts; give it a text section "
-                "as config.data.text is, if it is an evaluator that reads them (retrieval)"
+                "as config.data.text is, if its evaluator reads them (retrieval, zero_shot)"
             )
     representation = settings.pop("representation")
     if settings.get("query_representation"):
@@ -148,4 +162,5 @@ def _representation(
     return predict_fns[representation], {
         "preprocessing": {"representation": representation, **stage.objective.preprocessing()},
         "cache_dir": workdir / "features",
+        **more,
     }

@@ -406,6 +406,37 @@ def add_retrieval(config: ConfigDict, images: ConfigDict, reports: ConfigDict, *
     )
 
 
+def zero_shot(folder: str, prompts: str, **overrides) -> ConfigDict:
+    """Classes by a file of `configs/prompts`, on the test split of a labelled data set."""
+    settings = {
+        "name": "zero_shot",
+        "prompts": f"configs/prompts/{prompts}.json",
+        "test": source(folder, "test"),
+        "val": source(folder, "val"),  # None: no thresholds, and no metrics that need them
+        "representation": "image",
+        "query_representation": "text",
+        "aggregate": "mean_embedding",  # or 'mean_logit', 'max_logit'
+        "temperature": placeholder(float),  # None: the one of training
+        "checkpoints": (),  # further weights of this network, to average with
+        "classes": (),
+        "uncertain": "ignore",
+        "num_resamples": 1000,
+        "batch_size": 256,
+        "seed": 0,
+        **overrides,
+    }
+    return ConfigDict(settings)
+
+
+def add_zero_shot(
+    config: ConfigDict, folder: str, prompts: str, name: str = "zero_shot", **overrides
+) -> None:
+    """Zero-shot classification by the config's two towers."""
+    config.evaluate += (name,)
+    text = ConfigDict(config.data.text)
+    config.evaluator[name] = zero_shot(folder, prompts, text=text, **overrides)
+
+
 def set_micle_stages(config: ConfigDict, *, simclr_steps: int, further_steps: int) -> None:
     """Untrained, SimCLR, then from its weights MICLe, and as many further steps of SimCLR."""
     more = {
@@ -468,6 +499,7 @@ def smoke_with_texts(config: ConfigDict) -> ConfigDict:
     config.data.text = text(f"{folder}/vocab.txt", length=24, sections="all")
     config.text_model = bert(width=32, depth=2, heads=2, mlp_dim=64, train_after_layer=1)
     add_retrieval(config, source(folder, "test"), source(folder, "test"))
+    add_zero_shot(config, folder, "synthetic_phantom")
     config.validate.every = 3
     config.optim.warmup_steps = 0
     return config

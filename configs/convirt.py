@@ -11,7 +11,8 @@ folder with ClinicalBERT's tokeniser (any tokeniser and tower that belong togeth
 argument, 'clip' learns the temperature of a symmetric loss, 'siglip' is the sigmoid loss. Values
 marked U are defaults of ours that the paper does not state. Hours: not measured on an accelerator
 yet (the paper: 3 days on one Titan RTX). Expected metric: depends on the reports; docs/results.md
-has small real ones. `:smoke` runs it on synthetic data in about a minute.
+has small real ones. `common.add_zero_shot` adds classification by prompts for findings that your
+labels name, as in real_convirt.py. `:smoke` runs it on synthetic data in about a minute.
 """
 
 from configs import common

@@ -43,6 +43,12 @@ def get_config(arg: str = ""):
     # all of these films that show anything show pneumonia, which so tells none apart
     others = tuple(name for name in common.CXR_FINDINGS if name != "Pneumonia")
     common.add_retrieval(config, nih, covid, classes=others)
+    common.add_zero_shot(
+        config, "{data_root}/cxr_nih", "chestxray14", classes=common.CXR_FINDINGS
+    )
+    common.add_zero_shot(
+        config, "{data_root}/cxr_covid", "chest_pneumonia", name="zero_shot_covid"
+    )
     if arg == "smoke":
         config = common.smoke_with_texts(config)
         config.stage.convirt.init_from = common.init_from(stage="scratch")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmed.errors import UserError
-from bigmed.evaluators import features, scored
+from bigmed.evaluators import features, scored, zero_shot
 
 KEY = b"secret of the workdir"
 
@@ -76,9 +76,10 @@ def install(monkeypatch):
     """Makes sources openable by config; returns a function that fills the table of them."""
     sources = {}
     monkeypatch.setattr(features, "evaluation_batches", memory_batches)
-    monkeypatch.setattr(
-        scored, "open_source", lambda config: sources[config["dir"], config["split"]]
-    )
+    for module in (scored, zero_shot):
+        monkeypatch.setattr(
+            module, "open_source", lambda config: sources[config["dir"], config["split"]]
+        )
     monkeypatch.setattr(scored, "check_disjoint", refuse_shared_patients)
 
     def fill(task="multi_label", sizes=(120, 60, 90), num_classes=3):

@@ -91,10 +91,6 @@ class Labelled(Scored, abc.ABC):
         other._unlearnable = other._draw_subset(fraction, seed)
         return other
 
-    def sources(self) -> dict[str, Source]:
-        """Of the splits and the other test sets, by name."""
-        return {"train": self._train_source} | {n: p.source for n, p in self._parts.items()}
-
     def _draw_subset(self, fraction: float, seed: int) -> str | None:
         """Takes the fraction's patients for training; what is wrong with them, if anything is."""
         if not 0 < fraction <= 1:

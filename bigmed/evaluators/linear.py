@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from bigmed import sharding, statistics
+from bigmed.calibration import probabilities_of
 from bigmed.errors import UserError
 from bigmed.evaluators.parts import learnable
 from bigmed.evaluators.probe import Probe
@@ -121,10 +122,7 @@ class Evaluator(Probe):
 def predict(found: Solution, g: int, x: np.ndarray, task: str) -> np.ndarray:
     """Probabilities float64 [M, L] of features [M, D] under the g-th strength."""
     logits = x.astype(np.float64) @ found.kernel[g] + found.bias[g]  # MD.DL = ML
-    if task == "multi_label":
-        return 0.5 * (1 + np.tanh(0.5 * logits))
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
+    return probabilities_of(logits, np.ones(1), task)
 
 
 def fit(

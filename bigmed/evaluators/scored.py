@@ -94,6 +94,10 @@ class Scored:
             self._parts[name] = self._part(name, source, labels)
         self._opened, self._test_sets = opened, ("test", *others)
 
+    def sources(self) -> dict[str, Source]:
+        """Of the splits and the other test sets, by name."""
+        return {name: part.source for name, part in self._parts.items()}
+
     def _check(self, opened: Mapping[str, Source], others: Mapping[str, Source]) -> None:
         of_first, first = next(iter(opened.items()))
         for name, source in opened.items():

@@ -21,6 +21,8 @@
   predict_fns()                -> {name: f(state, batch) -> [B, D] float32}
   OF_TEXTS                     names of those that read the batch's texts
   LEARNS_FROM                  'labels', 'reports', or '': images alone
+  scale(params)                -> 1 / temperature of similarities of images and texts, where there
+                               are such names
   preprocessing()              what `predict_fns` do to an image
 
 All of them are pure; a batch holds global arrays (`bigmed.data.pipeline`). The cut between `embed`

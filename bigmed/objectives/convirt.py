@@ -177,7 +177,7 @@ class Objective(base.Objective):
         del extra, key
         images = _project("head", self.head, params, outputs.images, train)  # BVP
         texts = _project("text_head", self.text_head, params, outputs.texts, train)  # BRP
-        scale = self._scale(params)
+        scale = self.scale(params)
 
         def contrast(v: jax.Array, u: jax.Array, weight: float, ids: Any) -> Any:
             duplicates = self.config["duplicates"] if ids is not None else "none"
@@ -250,7 +250,7 @@ class Objective(base.Objective):
         )
         return features.reshape(b, r, -1)
 
-    def _scale(self, params: Any) -> jax.Array | float:
+    def scale(self, params: Any) -> jax.Array | float:
         """1 / temperature."""
         if not self.config["learn_temperature"]:
             return 1.0 / self.config["temperature"]

@@ -80,6 +80,8 @@ def _fine_print(block: table.Block) -> list[str]:
     notes = [f"split {row['split_sha256'][:12]}"]
     if "label_policy" in row:
         notes.append(f"labels: {row['label_policy']}")
+    if "prompts" in row:
+        notes.append(f"prompts: {row['prompts']}, file {row['prompts_sha256'][:12]}")
     notes += table.leakage_notes(block.rows)
     if row.get("averaged"):
         notes.append(f"{row['averaged']} averaged by {row['unit']}")
