@@ -1,5 +1,7 @@
 """Retrieval against brute force in float64: who is left out, what is relevant, chance, mistakes."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,25 @@ def test_images_by_a_text(folder):
         drawn.append(np.mean([(people[picked] == p).any() for p in people]))
     expected = rows[f"own by chance/{k}"]["value"]
     np.testing.assert_allclose(np.mean(drawn), expected, atol=4 * np.std(drawn) / 2000**0.5)
+
+
+def test_memory_does_not_grow_with_pairs_of_images(folder, monkeypatch):
+    n, mebibyte = 8000, 2**20
+    monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", 2**20)
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 2**20)
+    evaluator = make(folder, text=text(folder), query_representation=("text", of_texts), ks=(5,))
+    side = evaluator._query
+    some = np.arange(n) % len(side.rows)
+    source = side.source.only(side.rows[some])
+    many = retrieval.Side(source, np.arange(n), side.positive[some], side.text_ids[some])
+    evaluator._query = evaluator._candidates = many
+    x = np.random.default_rng(0).normal(size=(n, D)).astype(np.float32)
+    tracemalloc.start()
+    found = {**evaluator._precision(x, x), **evaluator._own(x, x)}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * mebibyte < n**2, "less than a byte for each pair"
+    assert all(value.shape == (n,) for value in found.values())
 
 
 def test_nearest_leaves_out_a_querys_own():

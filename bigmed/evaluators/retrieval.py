@@ -259,7 +259,7 @@ class Evaluator:
         of_query, of_candidate = cases[self._query.rows], cases[self._candidates.rows]
         _, index = nearest(x, queries, max(self._ks), self._mesh)
         hits = of_candidate[index] == of_query[:, None]  # QK
-        owned = (of_candidate[None] == of_query[:, None]).sum(axis=1)
+        owned = np.bincount(of_candidate, minlength=int(cases.max()) + 1)[of_query]
         values = {}
         for k in self._ks:
             missed = np.ones(len(owned))
