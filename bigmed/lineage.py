@@ -40,7 +40,7 @@ class Sight:
     source: Source
 
     def say(self) -> str:
-        """"'cxr/train', which 'simclr' was trained on"."""
+        """The data and what was done with them, for messages."""
         did = "was trained on" if self.trained else "was validated on"
         return f"'{self.source.name}', which '{self.where}' {did}"
 

@@ -16,9 +16,7 @@ NOT_PER_STAGE = (
 )  # fmt: skip
 
 
-def prepare_stage(
-    config: ConfigDict, name: str, seed: int, workdir: pathlib.Path
-) -> ConfigDict:
+def prepare_stage(config: ConfigDict, name: str, seed: int, workdir: pathlib.Path) -> ConfigDict:
     """`stage_config`, and its synthetic data set is made if it has one.
 
     Raises:

@@ -134,7 +134,7 @@ def test_images_by_a_text(folder):
 def test_memory_does_not_grow_with_pairs_of_images(folder, monkeypatch):
     n, mebibyte = 8000, 2**20
     monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", 2**20)
-    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 2**20)
+    monkeypatch.setattr(neighbours, "CHUNK_ELEMENTS", 2**20)
     evaluator = make(folder, text=text(folder), query_representation=("text", of_texts), ks=(5,))
     side = evaluator._query
     some = np.arange(n) % len(side.rows)

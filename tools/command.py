@@ -8,8 +8,10 @@ from absl import flags
 from bigmed.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 
 
-def run(argv: list[str], needed: tuple[flags.FlagHolder, ...], work: Callable[[], None]) -> int:
-    """Parses the flags, does the work and returns the exit code."""
+def run(
+    argv: list[str], needed: tuple[flags.FlagHolder, ...], work: Callable[[], int | None]
+) -> int:
+    """Parses the flags, does the work and returns the exit code, the work's own if it has one."""
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
@@ -17,8 +19,7 @@ def run(argv: list[str], needed: tuple[flags.FlagHolder, ...], work: Callable[[]
         for flag in needed:
             if flag.value is None:
                 raise UserError(f"--{flag.name} is needed")
-        work()
+        return work() or EXIT_OK
     except (UserError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return EXIT_OK

@@ -183,6 +183,11 @@ def open_source(config: Mapping[str, Any]) -> Source:
     return _only_some(source, config)
 
 
+def split_names(config: Mapping[str, Any]) -> list[str]:
+    """The splits that the data set of a config as `open_source` takes it has."""
+    return list(_open_info(config)[0].splits)
+
+
 def _only_some(source: Source, config: Mapping[str, Any]) -> Source:
     fraction, policy = float(config.get("fraction", 1.0)), config.get("labelled")
     keep = np.ones(len(source), bool)

@@ -155,7 +155,9 @@ class Evaluator(Scored):
         checkpoints_of.check_leaves({"leaves": there}, here, folder)
         return state.replace(
             **tree.map_with_name(
-                lambda name, old: sharding.place(weights[name], old.sharding) if name in weights else old,
+                lambda name, old: (
+                    sharding.place(weights[name], old.sharding) if name in weights else old
+                ),
                 _weights(state),
             )
         )
@@ -198,7 +200,9 @@ class Evaluator(Scored):
         for start in range(0, len(self._tokens.tokens), chunk):
             part = slice(start, start + chunk)
             batch = {"tokens": self._tokens.tokens, "token_mask": self._tokens.mask}
-            batch = {name: sharding.place(x[part, None], everywhere) for name, x in batch.items()}  # PRT
+            batch = {  # PRT
+                name: sharding.place(x[part, None], everywhere) for name, x in batch.items()
+            }
             found.append(features.on_host(embed(state, batch)))
         sizes = [len(group) for of_class in self._groups for group in of_class]
         split = iter(np.split(np.concatenate(found), np.cumsum(sizes)[:-1]))

@@ -66,6 +66,7 @@ def document(title: str, body: Sequence[str]) -> str:
 
 
 def escape(value: Any) -> str:
+    """Text as HTML, also inside quotes."""
     return html.escape(str(value))
 
 
@@ -108,10 +109,11 @@ def legend(names: Sequence[str], first_colour: int = 0) -> str:
     return soft(" &nbsp; ".join(marks))
 
 
-def picture(caption: str, jpeg: bytes) -> str:
-    """A figure with the picture inside the page."""
-    return (
-        f'<figure><img alt="{html.escape(caption, quote=True)}" '
+def picture(caption: str, *jpegs: bytes) -> str:
+    """A figure with pictures side by side, inside the page."""
+    shown = "".join(
+        f'<img alt="{escape(caption)}" '
         f'src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
-        f'<figcaption class="soft">{escape(caption)}</figcaption></figure>'
+        for jpeg in jpegs
     )
+    return f'<figure>{shown}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
