@@ -115,7 +115,7 @@ def trace(config: ConfigDict, name: str, stage: train.Stage, workdir: pathlib.Pa
         if reason:
             unknown[reason] = None
     for reason in unknown:
-        log.warning("%s: patients are not compared: %s", stage.label, reason)
+        log.warning("%s: leakage cannot be checked in full: %s", stage.label, reason)
     return Lineage(tuple(sights), tuple(unknown))
 
 
@@ -153,7 +153,7 @@ def _open(told: _Told, opened: dict[str, Source]) -> tuple[Source | None, str]:
         log.info("%s", error)
         return None, f"{name}, cannot be opened"
     if told.split == "":
-        return opened[key], f"'{told.where}' did not note which patients it saw"
+        return opened[key], f"'{told.where}' did not note whether it saw the patients there are now"
     if told.split not in (None, opened[key].split_sha256):
         return opened[key], f"{name}, has other patients now"
     return opened[key], ""

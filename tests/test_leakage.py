@@ -133,7 +133,8 @@ def test_a_chain_of_runs_and_stages_is_followed_to_its_beginning(on_test, tmp_pa
     ]  # fmt: skip
     # the run in the middle is older than the note
     assert seen.unknown == tuple(
-        f"'MIDDLE/{name}' did not note which patients it saw" for name in ("more", "simclr")
+        f"'MIDDLE/{name}' did not note whether it saw the patients there are now"
+        for name in ("more", "simclr")
     )
 
 
@@ -152,8 +153,8 @@ def test_data_that_cannot_be_opened_are_said_to_be_unchecked(on_test, tmp_path, 
     with caplog.at_level(logging.WARNING, "bigmed"):
         printed = curriculum.run(config.lock(), tmp_path / "here", lambda: False)
     reason = "'phantom/test', which 'HOSPITAL/simclr' saw, cannot be opened"
-    lines = [r.message for r in caplog.records if "patients are not compared" in r.message]
-    assert lines == [f"00_given: patients are not compared: {reason}"]
+    lines = [r.message for r in caplog.records if "leakage" in r.message]
+    assert lines == [f"00_given: leakage cannot be checked in full: {reason}"]
     rows = json.loads((tmp_path / "here" / "results.json").read_text())
     assert {row["leakage"] for row in rows} == {f"unchecked: {reason}"}
     assert f"unchecked: {reason}" in printed
