@@ -312,7 +312,7 @@ def set_data(config: ConfigDict, **sources: ConfigDict) -> None:
 
 
 def evaluator(folder: str, name: str, **overrides) -> ConfigDict:
-    """Linear probe ('linear') or k-NN ('knn') on the splits of one labelled data set."""
+    """Linear probe ('linear', 'linear_sgd') or 'knn' on the splits of one labelled data set."""
     settings = {
         "name": name,
         **{split: source(folder, split) for split in ("train", "val", "test")},

@@ -8,6 +8,7 @@ bootstrap   patient bootstrap of 14 AUCs on 25,000 images, 1,000 resamples, agai
             take the better part of an hour), and the largest difference of the two
 l2_grid     45 strengths on 10,000 x 2,048 features, 5 labels, against LogisticRegression (timed on
             a few strengths and scaled up), with both losses
+sgd_heads   4 rates x 3 decays on 5,000 x 512 features, 90 epochs: all heads at once, and in turn
 neighbours  200,000 x 2,048 features: peak memory beyond the features themselves, of the process
 """
 
@@ -22,10 +23,11 @@ from sklearn.metrics import roc_auc_score
 
 from bigmed import sharding, statistics
 from bigmed.classification import classification_metrics
-from bigmed.evaluators import linear
+from bigmed.evaluators import linear, linear_sgd
 from bigmed.evaluators.neighbours import nearest
 
-PARTS = flags.DEFINE_list("parts", ["bootstrap", "l2_grid", "neighbours"], "which of them")
+ALL_PARTS = ["bootstrap", "l2_grid", "sgd_heads", "neighbours"]
+PARTS = flags.DEFINE_list("parts", ALL_PARTS, "which of them")
 GRID = tuple(np.logspace(-6, 5, 45))  # of SimCLR's transfer (arXiv 2002.05709, B.8)
 FEW = flags.DEFINE_integer("few", 4, "resamples, and strengths, that scikit-learn is timed on")
 
@@ -113,6 +115,27 @@ def l2_grid() -> None:
     )
 
 
+def sgd_heads() -> None:
+    rng = np.random.default_rng(0)
+    n, d, classes = 5000, 512, 5
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    truth = rng.normal(size=(d, classes)) / np.sqrt(d)
+    labels = (x @ truth + rng.normal(size=(n, classes)) > 0.5).astype(np.int8)
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    rates, decays = linear_sgd.LEARNING_RATES, linear_sgd.WEIGHT_DECAYS
+    grid = [{"lr": lr, "weight_decay": decay} for lr in rates for decay in decays]
+    recipe = {"batch_size": 256, "epochs": 90, "momentum": 0.9, "nesterov": True}
+
+    def fit(settings: list) -> float:
+        began = time.perf_counter()
+        linear_sgd.fit(x, labels, settings, "multi_label", mesh, seed=0, **recipe)
+        return time.perf_counter() - began
+
+    fit(grid), fit(grid[:1])  # to compile
+    at_once, in_turn = fit(grid), sum(fit([setting]) for setting in grid)
+    print(f"sgd_heads: {len(grid)} at once {at_once:.2f} s, in turn {in_turn:.2f} s")
+
+
 def neighbours() -> None:
     n, d, queries, k = 200_000, 2048, 2000, 200
     rng = np.random.default_rng(0)
@@ -136,7 +159,12 @@ def neighbours() -> None:
 def main(argv: list[str]) -> None:
     del argv
     for name in PARTS.value:
-        {"bootstrap": bootstrap, "l2_grid": l2_grid, "neighbours": neighbours}[name]()
+        {
+            "bootstrap": bootstrap,
+            "l2_grid": l2_grid,
+            "sgd_heads": sgd_heads,
+            "neighbours": neighbours,
+        }[name]()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The protocol of SimCLR's transfer experiments (arXiv 2002.05709, B.8): L-BFGS, n
 strength chosen on validation. The whole grid is solved in one call, on the device, in float32.
 """
 
+import abc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ NEVER = -1e9  # logit of a class without training images
 
 
 class Solution(NamedTuple):
-    """Classifiers of every L2 strength, for features as they were given (not standardised).
+    """Classifiers of every setting, for features as they were given (not standardised).
 
     Attributes:
       kernel: float64 [G, D, L]. bias: float64 [G, L].
@@ -45,11 +46,56 @@ class Solution(NamedTuple):
     converged: np.ndarray
 
 
-class Evaluator(Probe):
+class LogisticProbe(Probe):
     """`Probe` by logistic regression: multinomial for single-label data, else one per class.
 
     With `uncertain='three_class'` each class has a multinomial one of absent, present and uncertain
     (U-MultiClass of CheXpert, arXiv 1901.07031), whose score is present / (absent + present).
+    """
+
+    @abc.abstractmethod
+    def fitted(
+        self,
+        settings: Sequence[Mapping[str, Any]],
+        x: np.ndarray,
+        targets: np.ndarray,
+        task: str,
+    ) -> Solution:
+        """A classifier of each setting, learnt from x [N, D] and targets [N, L]."""
+
+    def scores(
+        self,
+        settings: Sequence[Mapping[str, Any]],
+        x: np.ndarray,
+        targets: np.ndarray,
+        queries: np.ndarray,
+    ) -> np.ndarray:
+        """Probabilities [G, M, L]."""
+        if self._uncertain != "three_class":
+            return self._predicted(settings, x, targets, queries, self._task)
+        scores = np.full((len(settings), len(queries), targets.shape[1]), 0.5)
+        for c in np.flatnonzero(learnable(targets)):
+            codes = np.array([0, 1, statistics.UNCERTAIN])
+            of_class = (targets[:, c, None] == codes).astype(np.int8)  # [N, 3]
+            known = of_class.any(axis=1)
+            p = self._predicted(settings, x[known], of_class[known], queries, "single_label")
+            scores[:, :, c] = p[:, :, 1] / np.maximum(p[:, :, 0] + p[:, :, 1], 1e-300)
+        return scores
+
+    def _predicted(
+        self,
+        settings: Sequence[Mapping[str, Any]],
+        x: np.ndarray,
+        targets: np.ndarray,
+        queries: np.ndarray,
+        task: str,
+    ) -> np.ndarray:
+        found = self.fitted(settings, x, targets, task)
+        return np.stack([predict(found, g, queries, task) for g in range(len(settings))])
+
+
+class Evaluator(LogisticProbe):
+    """`LogisticProbe` by L-BFGS.
 
     Args:
       l2_grid: strengths to choose from; the loss is mean cross-entropy + l2/2 ||W||^2 on features
@@ -81,34 +127,14 @@ class Evaluator(Probe):
         del num_train
         return [{"l2": value} for value in sorted(self._l2_grid, reverse=True)]
 
-    def scores(
+    def fitted(
         self,
         settings: Sequence[Mapping[str, Any]],
         x: np.ndarray,
         targets: np.ndarray,
-        queries: np.ndarray,
-    ) -> np.ndarray:
-        """Probabilities [G, M, L]."""
-        l2 = [setting["l2"] for setting in settings]
-        if self._uncertain != "three_class":
-            return self._fitted(l2, x, targets, queries, self._task)
-        scores = np.full((len(l2), len(queries), targets.shape[1]), 0.5)
-        for c in np.flatnonzero(learnable(targets)):
-            codes = np.array([0, 1, statistics.UNCERTAIN])
-            of_class = (targets[:, c, None] == codes).astype(np.int8)  # [N, 3]
-            known = of_class.any(axis=1)
-            p = self._fitted(l2, x[known], of_class[known], queries, "single_label")
-            scores[:, :, c] = p[:, :, 1] / np.maximum(p[:, :, 0] + p[:, :, 1], 1e-300)
-        return scores
-
-    def _fitted(
-        self,
-        l2: Sequence[float],
-        x: np.ndarray,
-        targets: np.ndarray,
-        queries: np.ndarray,
         task: str,
-    ) -> np.ndarray:
+    ) -> Solution:
+        l2 = [setting["l2"] for setting in settings]
         found = fit(x, targets, l2, task, self._mesh, max_iterations=self._max_iterations)
         if not found.converged.all():
             late = ", ".join(f"{value:.1e}" for value in np.asarray(l2)[~found.converged])
@@ -116,11 +142,11 @@ class Evaluator(Probe):
                 "%s: not converged after %d iterations at l2 = %s",
                 self.NAME, self._max_iterations, late,
             )  # fmt: skip
-        return np.stack([predict(found, g, queries, task) for g in range(len(l2))])
+        return found
 
 
 def predict(found: Solution, g: int, x: np.ndarray, task: str) -> np.ndarray:
-    """Probabilities float64 [M, L] of features [M, D] under the g-th strength."""
+    """Probabilities float64 [M, L] of features [M, D] under the g-th setting."""
     logits = x.astype(np.float64) @ found.kernel[g] + found.bias[g]  # MD.DL = ML
     return probabilities_of(logits, np.ones(1), task)
 
@@ -152,10 +178,8 @@ def fit(
     varies = std > 1e-6 * np.maximum(np.abs(mean), 1e-30)  # less is rounding
     scale = np.where(varies, 1 / np.where(varies, std, 1), 0)
     x = ((x - mean) * scale).astype(np.float32)
-    weights = _example_weights(targets, task)
-    offset = np.zeros(targets.shape[1], np.float32)
-    if task == "single_label":
-        offset[~(targets == 1).any(axis=0)] = NEVER
+    weights = example_weights(targets, task)
+    offset = offsets(targets, task)
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     size = _padded_size(len(x), math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES))
     falling = np.argsort(np.negative(l2), kind="stable")  # see `_solve_grid`
@@ -174,7 +198,13 @@ def fit(
     return Solution(kernel, bias, size <= ACCEPTED)
 
 
-def _example_weights(targets: np.ndarray, task: str) -> np.ndarray:
+def offsets(targets: np.ndarray, task: str) -> np.ndarray:
+    """float32 [L], added to logits: `NEVER` for a class of 'single_label' without an image."""
+    absent = ~(targets == 1).any(axis=0) & (task == "single_label")
+    return np.where(absent, np.float32(NEVER), np.float32(0))
+
+
+def example_weights(targets: np.ndarray, task: str) -> np.ndarray:
     """float32 [N, L]: what the cross-entropy of each image and class counts; columns sum to 1."""
     if task == "single_label":
         return np.full(targets.shape, 1 / len(targets), np.float32)
