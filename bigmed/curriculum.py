@@ -12,7 +12,7 @@ from bigmed import augment, checkpoint, lineage, metrics, pictures, sharding, sw
 from bigmed.convert import weights as foreign
 from bigmed.data.card import card
 from bigmed.errors import Preempted, UserError, did_you_mean
-from bigmed.evaluation import check_held_out, make_evaluator
+from bigmed.evaluation import check_held_out, make_evaluator, run_cells
 from bigmed.record import Record, check_config, write_config, write_data
 from bigmed.report import html, table
 from bigmed.stages import prepare_stage
@@ -178,13 +178,13 @@ def _run_entry(
     progress = None
     if evaluators and jax.process_index() == 0:
         progress = metrics.Progress(f"{stage.label}: evaluations", len(evaluators))
-    for number, (cell, evaluator, about) in enumerate(evaluators, start=1):
+    results = run_cells(evaluators, state, f"{stage.label}/{weights}")
+    for number in range(1, len(evaluators) + 1):
         if stop():
-            raise Preempted(
-                f"{stage.label}: stopped on request before '{cell.name}'; it is trained"
-            )
-        found = evaluator.run(state, checkpoint=f"{stage.label}/{weights}")
-        rows = [{**row, **about} for row in found]
+            results.close()
+            name = evaluators[number - 1][0].name
+            raise Preempted(f"{stage.label}: stopped on request before '{name}'; it is trained")
+        cell, rows = next(results)
         record.add_rows(entry, cell, rows)
         if progress is not None:
             progress.update(number, " ".join([cell.name, *map(table.describe_row, rows[:1])]))

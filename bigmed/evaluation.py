@@ -1,12 +1,15 @@
 """The evaluators of a stage, from their sections of the config."""
 
+import concurrent.futures
 import pathlib
-from collections.abc import Callable, Mapping
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from bigmed import lineage, nested, sweep, train
+from bigmed import lineage, nested, sharding, sweep, train
 from bigmed.data import sources
 from bigmed.errors import UserError, did_you_mean
 from bigmed.places import fill_places
@@ -51,6 +54,50 @@ def make_evaluator(
         )
     except TypeError as error:  # a key that the evaluator does not have
         raise UserError(f"config.evaluator.{name}: {error}") from error
+
+
+def run_cells(
+    evaluators: Sequence[tuple[sweep.Cell, Any, Mapping[str, Any]]], state: Any, checkpoint: str
+) -> Iterator[tuple[sweep.Cell, list[dict[str, Any]]]]:
+    """Evaluates a state, cell by cell, in their order.
+
+    In a sweep on several devices of one process, probes of frozen features run side by side, one on
+    each device: the features are made on all of them before, and a probe is too small to divide.
+
+    Args:
+      evaluators: (cell, its evaluator, what all of its rows say).
+      state: of a stage.
+      checkpoint: its name in the rows.
+
+    Yields:
+      (cell, its rows), as soon as those before it are done.
+    """
+    devices = jax.devices() if jax.process_count() == 1 else []
+    together = [len(devices) > 1 and cell.subset and hasattr(e, "on") for cell, e, _ in evaluators]
+    free: queue.SimpleQueue = queue.SimpleQueue()
+    for device in devices:
+        free.put(sharding.make_mesh({"data": 1}, [device]))
+
+    def run_on_one(evaluator: Any) -> list[dict[str, Any]]:
+        mesh = free.get()
+        try:
+            return list(evaluator.on(mesh).run(state, checkpoint))
+        finally:
+            free.put(mesh)
+
+    for name in {cell.evaluator for (cell, *_), t in zip(evaluators, together, strict=True) if t}:
+        next(e for cell, e, _ in evaluators if cell.evaluator == name).prepare(state)
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(devices))) as pool:
+        begun = [
+            pool.submit(run_on_one, e) if t else None
+            for (_, e, _), t in zip(evaluators, together, strict=True)
+        ]
+        try:
+            for (cell, evaluator, about), future in zip(evaluators, begun, strict=True):
+                rows = future.result() if future else evaluator.run(state, checkpoint)
+                yield cell, [{**row, **about} for row in rows]
+        finally:
+            pool.shutdown(cancel_futures=True)  # asked to stop, or one failed
 
 
 def check_held_out(

@@ -4,11 +4,12 @@
 """
 
 import abc
+import copy
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -48,6 +49,7 @@ class Probe(Labelled):
         **labelled: Any,
     ):
         self._predict_fn, self._refit = predict_fn, refit
+        self._hashed: dict[str, Any] = {}  # the state, and the hash of its weights; of all copies
         self._form = {"canvas": canvas, "channels": channels, "batch_size": batch_size}
         self._preprocessing, self._cache_dir = dict(preprocessing), cache_dir
         super().__init__(mesh, **labelled)
@@ -114,9 +116,22 @@ class Probe(Labelled):
         x = self._features(name, state, self._cache_key(state))
         return x if self._average == "features" else self._parts[name].average(x)
 
+    def prepare(self, state: Any) -> None:
+        """Makes the features that are not kept yet, on the whole mesh."""
+        cache_key = self._cache_key(state)
+        for name in self._parts:
+            self._features(name, state, cache_key)
+
+    def on(self, mesh: jax.sharding.Mesh) -> Self:
+        """The same evaluator, learning on other devices."""
+        other = copy.copy(self)
+        other._mesh = mesh
+        return other
+
     def _cache_key(self, state: Any) -> str:
-        weights = features.weights_fingerprint(state)
-        return json.dumps([weights, self._preprocessing], sort_keys=True)
+        if self._hashed.get("state") is not state:  # a sweep asks for each of its cells
+            self._hashed.update(state=state, weights=features.weights_fingerprint(state))
+        return json.dumps([self._hashed["weights"], self._preprocessing], sort_keys=True)
 
     def _features(self, name: str, state: Any, cache_key: str) -> np.ndarray:
         """float32 [n, D], or [m, D] where they are averaged."""
