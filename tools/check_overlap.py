@@ -3,7 +3,7 @@
     python tools/check_overlap.py --data DATA/mine --data DATA/public --out OVERLAP
 
 Finds the same film under another patient's id, across splits (a leak) and across data sets, also
-in another size, compression, brightness or contrast; not cropped, turned, mirrored or inverted.
+in another size, compression, brightness or contrast, or mirrored; not cropped, turned or inverted.
 --data is a folder of tools/prepare_dataset.py, whose splits are all compared. OVERLAP/overlap.html
 shows the pairs side by side; overlap.csv and overlap.json list them by split and record number,
 without patient or image ids. With --fail_on_leak the exit code is 1 if any pair lies across splits.

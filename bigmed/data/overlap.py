@@ -2,7 +2,8 @@
 
 Candidates are pairs whose difference hashes differ in few bits; they are confirmed by the
 correlation of small copies. Copies in another size, format, compression, brightness or contrast are
-found. Those that are cropped, turned, mirrored or inverted are not searched for.
+found, also mirrored from left to right. Those that are cropped, turned or inverted are not searched
+for.
 """
 
 import dataclasses
@@ -40,10 +41,12 @@ class Hashes:
 
     Attributes:
       bits: uint64 [N, 4], whether each of 16 x 16 pixels is darker than its right neighbour.
-      small: uint8 [N, 32 * 32], the image, from its darkest pixel to its brightest.
+      mirrored: uint64 [N, 4], the same of the mirrored image.
+      small: uint8 [N, 32, 32], the image, from its darkest pixel to its brightest.
     """
 
     bits: np.ndarray
+    mirrored: np.ndarray
     small: np.ndarray
 
     def __len__(self) -> int:
@@ -58,12 +61,14 @@ class Pairs:
       a, b: int64 [n], the images, a < b.
       distance: int64 [n], bits of 256 that differ.
       correlation: float32 [n], of the small copies.
+      mirrored: bool [n], whether one looks like the other in a mirror.
     """
 
     a: np.ndarray
     b: np.ndarray
     distance: np.ndarray
     correlation: np.ndarray
+    mirrored: np.ndarray
 
     def __len__(self) -> int:
         return len(self.a)
@@ -71,17 +76,17 @@ class Pairs:
 
 def hash_images(images: Sequence[np.ndarray]) -> Hashes:
     """Hashes of grey images, uint8 or uint16 [H, W], of any sizes."""
-    bits = np.empty((len(images), BITS // 64), np.uint64)
-    small = np.empty((len(images), SMALL * SMALL), np.uint8)
+    bits, mirrored = np.empty((2, len(images), BITS // 64), np.uint64)
+    small = np.empty((len(images), SMALL, SMALL), np.uint8)
     for i, image in enumerate(images):
         image = image.astype(np.float32)
         grid = cv2.resize(image, (SIDE + 1, SIDE), interpolation=cv2.INTER_AREA)
-        darker = grid[:, :-1] < grid[:, 1:]
-        bits[i] = np.packbits(darker).view(np.uint64)
-        copy = cv2.resize(image, (SMALL, SMALL), interpolation=cv2.INTER_AREA).ravel()
+        for words, seen in ((bits, grid), (mirrored, grid[:, ::-1])):
+            words[i] = np.packbits(seen[:, :-1] < seen[:, 1:]).view(np.uint64)
+        copy = cv2.resize(image, (SMALL, SMALL), interpolation=cv2.INTER_AREA)
         span = max(float(copy.max() - copy.min()), 1e-6)
         small[i] = np.rint((copy - copy.min()) * (255 / span))
-    return Hashes(bits, small)
+    return Hashes(bits, mirrored, small)
 
 
 def hash_source(source: Source, on_progress: Callable[[int], None] = lambda done: None) -> Hashes:
@@ -110,6 +115,7 @@ def joined(parts: Sequence[Hashes]) -> Hashes:
     """The hashes of several sets of images as those of one."""
     return Hashes(
         np.concatenate([part.bits for part in parts]),
+        np.concatenate([part.mirrored for part in parts]),
         np.concatenate([part.small for part in parts]),
     )
 
@@ -200,9 +206,9 @@ def near_pairs(
                     f"more than {MOST_PAIRS} pairs at distance={distance}, "
                     f"correlation={correlation}; nearer limits find fewer"
                 )
-    a, b, bits, r = map(np.concatenate, zip(*found, strict=True))
-    order = np.lexsort((b, a, bits))
-    return Pairs(a[order], b[order], bits[order], r[order])
+    whole = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+    order = np.lexsort((whole[1], whole[0], whole[2]))
+    return Pairs(*(values[order] for values in whole))
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int]]:
@@ -218,25 +224,40 @@ def _compare(
     hashes: Hashes, start: int, stop: int, distance: int, correlation: float
 ) -> tuple[np.ndarray, ...]:
     """The pairs of images `start` to `stop` with those after them, as `Pairs` has them."""
-    ours, others = hashes.bits[start:stop], hashes.bits[start:]
-    near = np.zeros((len(ours), len(others)), np.uint8)  # 256 is 0 here, and is counted again below
-    for word in range(BITS // 64):
-        near += np.bitwise_count(ours[:, None, word] ^ others[None, :, word])
-    a, b = np.nonzero(near <= distance)
-    a, b = a + start, b + start
-    a, b = a[a < b], b[a < b]
-    bits = np.bitwise_count(hashes.bits[a] ^ hashes.bits[b]).sum(axis=1, dtype=np.int64)
-    a, b, bits = (x[bits <= distance] for x in (a, b, bits))
+    near, turned = (
+        _candidates(hashes.bits, others, start, stop, distance)
+        for others in (hashes.bits, hashes.mirrored)
+    )
+    # What looks the same from both sides is a plain pair.
+    seen = np.isin(turned[0] * len(hashes) + turned[1], near[0] * len(hashes) + near[1])
+    turned = [x[~seen] for x in turned]
+    mirrored = np.repeat([False, True], [len(near[0]), len(turned[0])])
+    a, b, bits = map(np.concatenate, zip(near, turned, strict=True))
     r = np.empty(len(a), np.float32)
     for begin in range(0, len(a), CHUNK):
         part = slice(begin, begin + CHUNK)
-        r[part] = _correlation(hashes.small[a[part]], hashes.small[b[part]])
-    return tuple(x[r >= correlation] for x in (a, b, bits, r))
+        other = hashes.small[b[part]]
+        other = np.where(mirrored[part, None, None], other[:, :, ::-1], other)
+        r[part] = _correlation(hashes.small[a[part]], other)
+    return tuple(x[r >= correlation] for x in (a, b, bits, r, mirrored))
+
+
+def _candidates(
+    bits: np.ndarray, others: np.ndarray, start: int, stop: int, distance: int
+) -> tuple[np.ndarray, ...]:
+    """(a, b, distance) of images `start` to `stop` and those after them: int64 [n] each."""
+    near = np.zeros((stop - start, len(bits) - start), np.uint8)  # 256 is 0, and sorted out below
+    for word in range(BITS // 64):
+        near += np.bitwise_count(bits[start:stop, None, word] ^ others[None, start:, word])
+    a, b = (x + start for x in np.nonzero(near <= distance))
+    a, b = a[a < b], b[a < b]
+    exact = np.bitwise_count(bits[a] ^ others[b]).sum(axis=1, dtype=np.int64)
+    return tuple(x[exact <= distance] for x in (a, b, exact))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Pearson's, row by row, of uint8 [n, P]; 0 where a row is constant: float32 [n]."""
-    x, y = (v.astype(np.float32) for v in (one, other))
+    """Pearson's, image by image, of uint8 [n, H, W]; 0 where one is constant: float32 [n]."""
+    x, y = (v.reshape(len(v), -1).astype(np.float32) for v in (one, other))
     x, y = (v - v.mean(axis=1, keepdims=True) for v in (x, y))
     xx, yy, xy = (np.einsum("np,np->n", *pair) for pair in ((x, x), (y, y), (x, y)))
     scale = np.sqrt(xx * yy)

@@ -22,8 +22,8 @@ SIDE = 256  # of the images on the page
 JPEG_QUALITY = 85
 EXPLAINED = (
     "Pairs of images that look the same, nearest first. Look at them: two films of one patient, "
-    "or two of one machine, may look alike and be different. Copies that are cropped, turned, "
-    "mirrored or inverted are not searched for."
+    "or two of one machine, may look alike and be different. Copies that are cropped, turned or "
+    "inverted are not searched for."
 )
 
 
@@ -80,6 +80,7 @@ def _rows(images: Images, names: Sequence[str], pairs: Pairs) -> list[dict[str, 
         row = {"kind": KINDS[kinds[i]], "leak": bool(leaks[i])}
         row |= {"distance": int(pairs.distance[i])}
         row |= {"correlation": round(float(pairs.correlation[i]), 4)}
+        row |= {"mirrored": bool(pairs.mirrored[i])}
         for letter, (image, source, record) in zip("ab", sides, strict=True):
             person = int(images.patients[image[i]])
             row |= {
@@ -130,7 +131,7 @@ def _figure(images: Images, pairs: Pairs, row: Mapping[str, Any], number: int) -
     )
     caption = (
         f"{' | '.join(said)}: {row['distance']} of {BITS} bits differ, correlation "
-        f"{row['correlation']:.3f}"
+        f"{row['correlation']:.3f}{', mirrored' if row['mirrored'] else ''}"
     )
     both = [_jpeg(images, int(side[number])) for side in (pairs.a, pairs.b)]
     return picture(caption, *both)
