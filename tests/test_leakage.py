@@ -28,6 +28,9 @@ def tiny(split="train", **overrides):
     config.data.source.phantom.split = split
     config.data.batch_size = 8
     config.stage.simclr.steps = 2
+    config.phantom.update(num_patients=40, size=32)
+    config.data.canvas = 32
+    config.evaluator.knn.num_resamples = 20
     config.update(overrides)
     return config
 
@@ -98,15 +101,14 @@ def test_what_a_run_saw_is_noted_as_a_hash_of_the_whole_set(on_test):
     assert stage["saw"] == {"phantom": source.split_sha256}
 
 
-def test_rows_say_that_nothing_was_found(on_test, tmp_path):
+def test_nothing_is_found_where_patients_are_apart(on_test, tmp_path):
     config = copy_of(on_test)
     config.evaluator.knn.test.split = "val"
-    config.evaluator.knn.val.split = "train[50%:]"  # prepared patient by patient
-    config.evaluator.knn.train.split = "train[:40%]"
-    printed = curriculum.run(config.lock(), tmp_path, lambda: False)
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert {(row["transductive"], row["leakage"]) for row in rows} == {(False, "none found")}
-    assert "unchecked" not in printed and "transductive" not in printed
+    config.evaluator.knn.val.split = "train"
+    seen, about = checked(config, tmp_path)
+    assert len(seen.sights) == 1 and not seen.unknown
+    assert about == {"transductive": False, "leakage": "none found"}
+    assert table.leakage_notes([{"evaluator": "knn", **about}]) == []
 
 
 def test_a_chain_of_runs_and_stages_is_followed_to_its_beginning(on_test, tmp_path):
