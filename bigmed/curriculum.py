@@ -45,6 +45,7 @@ def run(
     main_process = jax.process_index() == 0
     check_config(config, workdir)
     record = Record(workdir, plan)
+    record.write_results()
     if record.finished(cells):
         log.info("%s is finished", workdir)
         if main_process:
@@ -175,24 +176,43 @@ def _run_entry(
     )
     state, weights = train.run_stage(stage, state, stop)
     record.update(entry, state="done", steps=stage.total_steps, weights=weights)
-    progress = None
-    if evaluators and jax.process_index() == 0:
-        progress = metrics.Progress(f"{stage.label}: evaluations", len(evaluators))
-    results = run_cells(evaluators, state, f"{stage.label}/{weights}")
-    for number in range(1, len(evaluators) + 1):
-        if stop():
-            results.close()
-            name = evaluators[number - 1][0].name
-            raise Preempted(f"{stage.label}: stopped on request before '{name}'; it is trained")
-        cell, rows = next(results)
-        record.add_rows(entry, cell, rows)
-        if progress is not None:
-            progress.update(number, " ".join([cell.name, *map(table.describe_row, rows[:1])]))
-    if progress is not None:
-        progress.close()
+    _evaluate(entry, stage, evaluators, state, f"{stage.label}/{weights}", record, stop)
     if draws:
         last = {cell.evaluator: evaluator for cell, evaluator, _ in evaluators}  # the most labels
         pictures.draw(stage, list(last.values()), state, workdir)
+
+
+def _evaluate(
+    entry: Mapping[str, Any],
+    stage: train.Stage,
+    evaluators: Sequence[tuple[sweep.Cell, Any, Mapping[str, Any]]],
+    state: Any,
+    checkpoint: str,
+    record: Record,
+    stop: Callable[[], bool],
+) -> None:
+    """Runs the cells of a stage, and keeps their rows one by one."""
+    if not evaluators:
+        return
+    progress = None
+    if jax.process_index() == 0:
+        progress = metrics.Progress(f"{stage.label}: evaluations", len(evaluators))
+    results = run_cells(evaluators, state, checkpoint)
+    try:
+        for number, (waiting, *_) in enumerate(evaluators, start=1):
+            if stop():
+                raise Preempted(
+                    f"{stage.label}: stopped on request before '{waiting.name}'; it is trained"
+                )
+            cell, rows = next(results)
+            record.add_rows(entry, cell, rows)
+            if progress is not None:
+                progress.update(number, " ".join([cell.name, *map(table.describe_row, rows[:1])]))
+    finally:
+        results.close()
+        record.write_results()
+    if progress is not None:
+        progress.close()
 
 
 def _cards(

@@ -1,6 +1,7 @@
 """What a workdir says of its run: config.json, curriculum.json, results.json."""
 
 import json
+import os
 import pathlib
 import platform
 import secrets
@@ -56,6 +57,9 @@ class Record:
             for stage in known:
                 self._stages[stage["directory"]].update(stage)
         self.rows = json.loads(self._results.read_text()) if self._results.exists() else []
+        self._journal = workdir / "results.new.jsonl"
+        for line in metrics.read_jsonl(self._journal):  # of a run that was killed
+            self._put(line["origin"], line["rows"])
         self.hash_key = _secret(workdir / ".hash_key")
 
     def weights_of(self, name: str, seed: int) -> pathlib.Path:
@@ -94,15 +98,31 @@ class Record:
     def add_rows(
         self, entry: Mapping[str, Any], cell: Cell, rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Adds a cell's rows, in place of those of other settings or of a killed run."""
+        """Adds a cell's rows, in place of those of other settings or of a killed run.
+
+        They are on disk then, in a file that only grows: a sweep has thousands of cells, and
+        results.json, which has them all, is written by `write_results`.
+        """
         origin = {"stage": entry["name"], "seed": entry["seed"]}
         origin |= {"evaluator": cell.evaluator, "cell": cell.name}
-        kept = [row for row in self.rows if _cell_of(row) != _cell_of(origin)]
         new = [{k: metrics.json_safe(v) for k, v in {**origin, **row}.items()} for row in rows]
-        self.rows = kept + new
+        self._put(origin, new)
         if jax.process_index() == 0:
-            metrics.write_json(self._results, self.rows)
+            with self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"origin": origin, "rows": new}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self.update(entry, evaluated={**self._evaluated(entry), cell.name: cell.digest()})
+
+    def _put(self, origin: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        kept = [row for row in self.rows if _cell_of(row) != _cell_of(origin)]
+        self.rows = [*kept, *rows]
+
+    def write_results(self) -> None:
+        """Writes results.json, if there is anything new."""
+        if jax.process_index() == 0 and self._journal.exists():
+            metrics.write_json(self._results, self.rows)
+            self._journal.unlink()
 
 
 def _cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

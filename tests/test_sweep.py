@@ -7,6 +7,7 @@ import pytest
 
 from bigmed import curriculum, sharding, sweep
 from bigmed.errors import Preempted, UserError
+from bigmed.record import Record
 from configs import few_label
 
 
@@ -65,6 +66,29 @@ def test_an_evaluator_without_labels_to_draw_is_refused():
         del config.evaluator.knn["fraction"]
     with pytest.raises(UserError, match="config.evaluator.knn has no fraction"):
         sweep.cells(config)
+
+
+def test_rows_of_a_killed_sweep_are_there_at_the_next_start(tmp_path):
+    entry = {"name": "untrained", "seed": 0, "directory": "00_untrained"}
+    one, other, _ = sweep.cells(config_of())
+    killed = Record(tmp_path, [entry])
+    killed.add_rows(entry, one, [{"metric": "auc_macro", "value": float("nan")}])
+    killed.add_rows(entry, one, [{"metric": "auc_macro", "value": 0.5}])  # of other settings
+    killed.add_rows(entry, other, [{"metric": "auc_macro", "value": 0.25}])
+    assert not (tmp_path / "results.json").exists()
+    (journal,) = tmp_path.glob("results.*")
+    with journal.open("a") as file:
+        file.write('{"origin": {"sta')  # killed while it was written
+    found = Record(tmp_path, [entry])
+    assert [row["value"] for row in found.rows] == [0.5, 0.25]
+    assert [cell.name for cell in found.not_evaluated(entry, sweep.cells(config_of()))] == [
+        "knn@1.0"
+    ]
+    found.write_results()
+    assert {cell: row["value"] for cell, row in results(tmp_path).items()} == {
+        "knn@0.5/0": 0.5, "knn@0.5/1": 0.25,
+    }  # fmt: skip
+    assert not journal.exists() and Record(tmp_path, [entry]).rows == found.rows
 
 
 def test_a_sweep_is_continued_cell_by_cell_and_grows(tmp_path, capfd):
