@@ -197,7 +197,7 @@ def _evaluate(
     progress = None
     if jax.process_index() == 0:
         progress = metrics.Progress(f"{stage.label}: evaluations", len(evaluators))
-    results = run_cells(evaluators, state, checkpoint)
+    results = run_cells(evaluators, state, checkpoint, stage.mesh)
     try:
         for number, (waiting, *_) in enumerate(evaluators, start=1):
             if stop():

@@ -57,7 +57,10 @@ def make_evaluator(
 
 
 def run_cells(
-    evaluators: Sequence[tuple[sweep.Cell, Any, Mapping[str, Any]]], state: Any, checkpoint: str
+    evaluators: Sequence[tuple[sweep.Cell, Any, Mapping[str, Any]]],
+    state: Any,
+    checkpoint: str,
+    mesh: jax.sharding.Mesh,
 ) -> Iterator[tuple[sweep.Cell, list[dict[str, Any]]]]:
     """Evaluates a state, cell by cell, in their order.
 
@@ -68,12 +71,13 @@ def run_cells(
       evaluators: (cell, its evaluator, what all of its rows say).
       state: of a stage.
       checkpoint: its name in the rows.
+      mesh: of the stage.
 
     Yields:
       (cell, its rows), as soon as those before it are done.
     """
-    devices = jax.devices() if jax.process_count() == 1 else []
-    together = [len(devices) > 1 and cell.subset and hasattr(e, "on") for cell, e, _ in evaluators]
+    devices = mesh.devices.ravel() if mesh.size > 1 and jax.process_count() == 1 else []
+    together = [len(devices) and cell.subset and hasattr(e, "on") for cell, e, _ in evaluators]
     free: queue.SimpleQueue = queue.SimpleQueue()
     for device in devices:
         free.put(sharding.make_mesh({"data": 1}, [device]))

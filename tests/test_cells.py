@@ -48,7 +48,7 @@ def test_probes_run_on_devices_of_their_own_and_find_the_same(toy, tmp_path, mon
 
     monkeypatch.setattr(linear, "fit", watched)
     with jax.set_mesh(mesh8):  # as in a run
-        found = list(run_cells(cells, STATE, "x"))
+        found = list(run_cells(cells, STATE, "x", mesh8))
     assert [cell for cell, _ in found] == [cell for cell, _, _ in cells]
     assert [len(devices) for devices in used] == [1, 1, 1] and len({d for (d,) in used}) == 3
     assert threading.get_ident() not in threads
@@ -68,8 +68,9 @@ def test_without_a_sweep_the_whole_mesh_is_used(toy, tmp_path, monkeypatch):
         return fit(x, targets, l2, task, mesh, **more)
 
     monkeypatch.setattr(linear, "fit", watched)
-    cells = sweep_of(toy, tmp_path, sharding.make_mesh({"data": 8}), subset=False)
-    assert len(list(run_cells(cells[:1], STATE, "x"))) == 1 and used == [8]
+    mesh8 = sharding.make_mesh({"data": 8})
+    cells = sweep_of(toy, tmp_path, mesh8, subset=False)
+    assert len(list(run_cells(cells[:1], STATE, "x", mesh8))) == 1 and used == [8]
 
 
 def test_a_stop_begins_no_further_cell(toy, tmp_path, monkeypatch):
@@ -77,7 +78,7 @@ def test_a_stop_begins_no_further_cell(toy, tmp_path, monkeypatch):
     cells = sweep_of(toy, tmp_path, mesh8) * 5
     begun = []
     monkeypatch.setattr(linear, "fit", lambda *_, **__: begun.append(1) or 1 / 0)
-    results = run_cells(cells, STATE, "x")
+    results = run_cells(cells, STATE, "x", mesh8)
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert len(begun) < 15  # of 15 cells of the linear probe
