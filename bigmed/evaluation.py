@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bigmed import lineage, nested, sharding, sweep, train
-from bigmed.data import sources
+from bigmed.data import sources, tokenise
 from bigmed.errors import UserError, did_you_mean
 from bigmed.places import fill_places
 from bigmed.report.table import CLEAN
@@ -206,6 +206,14 @@ def _representation(
                 f"config.evaluator.{name}.{key}='{value}' is of texts; give it a text section "
                 "as config.data.text is, if its evaluator reads them (retrieval, zero_shot)"
             )
+        if value in stage.objective.OF_TEXTS:
+            text = settings["text"]
+            given = tokenise.load(text.get("tokeniser", ""), lower_case=text.get("lower_case"))
+            if given.fingerprint != stage.pipeline.tokeniser.fingerprint:
+                raise UserError(
+                    f"config.evaluator.{name}.text.tokeniser='{given.path}' is another "
+                    "tokeniser, or lower-cases otherwise, than config.data.text's of this stage"
+                )
     representation = settings.pop("representation")
     if settings.get("query_representation"):
         of_query = settings["query_representation"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import memory
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from sklearn.metrics import roc_auc_score
 
 from bigmed import checkpoint, curriculum, sharding
@@ -239,17 +240,23 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(toy, mesh, vocabul
     )
     state = jax.device_put(state_of(0), sharding.replicated(mesh))
     rows = [row for row in evaluator.run(state, "x") if row["metric"] == "auc_macro"]
-    single, ensemble = rows
+    single, middle, ensemble = rows
     assert (single["members"], single["train_set"]) == (1, "prompts fruit")
     assert ensemble["members"] == 2, "the state's own weights, which are also kept, count once"
-    assert ensemble["train_set"] == "prompts fruit, 2 checkpoints"
+    assert ensemble["train_set"] == "prompts fruit, ensemble of 2 checkpoints"
+    assert middle["train_set"] == "prompts fruit, mean of 2 checkpoints"
     each = [by_hand(source, state_of(s), "pos_neg", "mean_embedding", SCALE) for s in (0, 1)]
     keep = ((source.labels == 0) | (source.labels == 1)).any(axis=1)
     for row, expected in ((single, each[0]), (ensemble, np.mean(each, axis=0))):
         np.testing.assert_allclose(kept(tmp_path, row)["scores"], expected[keep], atol=2e-6)
+    y = source.labels
+    known = [y[:, c] >= 0 for c in range(3)]
+    aucs = [roc_auc_score(y[k, c], p[k, c]) for p in each for c, k in enumerate(known)]
+    assert middle["value"] == pytest.approx(np.mean(aucs)) and middle["predictions"] is None
+    assert middle["ci_low"] < middle["value"] < middle["ci_high"]
     origin = {"evaluator": "zero_shot", "stage": "s", "seed": 0}
     title = table.format_table([{**origin, **row} for row in rows])
-    assert "prompts fruit, 2 checkpoints -> toy/test, 0 % of the labels" in title
+    assert "prompts fruit, mean of 2 checkpoints -> toy/test, 0 % of the labels" in title
 
 
 def test_a_checkpoint_of_another_network_is_refused(toy, mesh, vocabulary, tmp_path):
@@ -401,12 +408,15 @@ PHANTOM = "{workdir}/data/phantom"
         ({"query_representation": "txt"}, "did you mean 'text'"),
         ({"classes": ("effusio",)}, "did you mean 'effusion'"),
         ({"test": common.source(PHANTOM, "train")}, "disjoint"),
+        ({"text": common.text(f"{PHANTOM}/vocab.txt", lower_case=False)}, "is another tokeniser"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(tmp_path, change, said):
     config = convirt.get_config("smoke")
     config.stages, config.evaluate = ("convirt",), ()
-    common.add_zero_shot(config, PHANTOM, "synthetic_phantom", **change)
+    common.add_zero_shot(config, PHANTOM, "synthetic_phantom")
+    settings = {**config.evaluator.zero_shot, **change}
+    config.evaluator.zero_shot = ConfigDict(settings)
     with pytest.raises(UserError, match=said):
         curriculum.run(config.lock(), tmp_path, stop=lambda: False)
     assert not list(tmp_path.rglob("checkpoints/*"))

@@ -157,7 +157,7 @@ class Labelled(Scored, abc.ABC):
                 )
                 yield from self._result_rows(
                     name,
-                    learnt.scores,
+                    [learnt.scores],
                     {
                         **self._common(name, checkpoint),
                         "chosen": dict(learnt.chosen),

@@ -135,31 +135,33 @@ class Scored:
         return statistics.apply_label_policy(self._parts[name].labels, self._uncertain)
 
     def _result_rows(
-        self, name: str, scores: Mapping[str, np.ndarray], common: Mapping[str, Any]
+        self, name: str, scores: Sequence[Mapping[str, np.ndarray]], common: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
         """The rows of one test set.
 
         Args:
-          scores: [m, L] of it, and of 'val' where there are details.
+          scores: [m, L] of it, and of 'val' where there are details. Of several models, each with
+            its own thresholds, the rows are of the mean of their metrics, by the bootstrap.
           common: what the rows hold beside the metric.
         """
-        part, labels, point = self._parts[name], self._labels(name), None
-        if self._details:
-            point = operating_point(scores["val"], self._labels("val"), self._task)
-        estimates = statistics.estimate(
-            scores[name],
+        part, labels, interval = self._parts[name], self._labels(name), self._interval
+        of_val = [one["val"] for one in scores] if self._details else []
+        estimates = statistics.resample(
+            [one[name] for one in scores],
             labels,
             part.patients,
             self._classes,
             self._task,
-            point=point,
+            points=[operating_point(s, self._labels("val"), self._task) for s in of_val],
             num_resamples=self._num_resamples,
             seed=self._seed,
-        )
-        if self._interval == "delong":
-            estimates |= _delong(estimates, scores[name], labels, part.patients, self._classes)
+        ).estimates()
+        if len(scores) > 1:
+            interval = "bootstrap"
+        elif interval == "delong":
+            estimates |= _delong(estimates, scores[0][name], labels, part.patients, self._classes)
         undefined = [c for c in self._classes if np.isnan(estimates[f"auc/{c}"].value)]
-        more = {"interval": self._interval, "undefined_classes": undefined}
+        more = {"interval": interval, "undefined_classes": undefined}
         yield from statistics.rows(estimates, {**common, **more})
 
     def _of_test_set(self, name: str, checkpoint: str) -> dict[str, Any]:

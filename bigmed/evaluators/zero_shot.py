@@ -51,9 +51,9 @@ class Evaluator(Scored):
         vector again; 'mean_logit' or 'max_logit' of their similarities.
       temperature: None for the one of training; of an ensemble each member has its own.
       checkpoints: further weights of the same network: folders of checkpoints, of which the newest
-        is taken, or single steps in them. The mean of the probabilities of all (the stage's own,
-        too; equal ones count once) is given beside those of the stage. What they were trained on is
-        not checked against the test set.
+        is taken, or single steps in them. Of all of them (the stage's own, too; equal ones count
+        once) the mean of their metrics, and the metrics of their mean probabilities, are given
+        beside those of the stage. What they were trained on is not checked against the test set.
       canvas, channels, preprocessing, cache_dir, batch_size: as in `probe.Probe`.
       **scored: see `Scored`; `average` may be 'scores'.
 
@@ -124,7 +124,7 @@ class Evaluator(Scored):
         return [text for of_class in self._groups for group in of_class for text in group]
 
     def run(self, state: Any, checkpoint: str) -> Iterator[dict[str, Any]]:
-        """Result rows of one state, and of its ensemble with other checkpoints.
+        """Result rows of one state, and of it with other checkpoints.
 
         Args:
           state: of a stage.
@@ -133,19 +133,22 @@ class Evaluator(Scored):
         Yields:
           As `Labelled.run`, less what is about training labels (`train_set` are the prompts,
           `fraction` is 0), and: prompts ('name version', with aggregate and temperature),
-          prompts_sha256, n_prompts, members (how many checkpoints).
+          prompts_sha256, n_prompts, members (how many checkpoints, whose mean or ensemble is named
+          in `train_set`).
         """
         temperature, own = self._probabilities(state)
         members = {features.weights_fingerprint(_weights(state)): own}
-        yield from self._rows(own, checkpoint, temperature, 1)
+        yield from self._rows([own], checkpoint, temperature, "", 1)
         for folder in self._checkpoints:
             other = self._with_weights(state, folder)
             fingerprint = features.weights_fingerprint(_weights(other))
             if fingerprint not in members:
                 members[fingerprint] = self._probabilities(other)[1]
         if len(members) > 1:
-            mean = {name: np.mean([m[name] for m in members.values()], axis=0) for name in own}
-            yield from self._rows(mean, checkpoint, temperature, len(members))
+            each, count = list(members.values()), len(members)
+            mean = {name: np.mean([m[name] for m in each], axis=0) for name in own}
+            yield from self._rows(each, checkpoint, temperature, "mean", count)
+            yield from self._rows([mean], checkpoint, temperature, "ensemble", count)
 
     def _with_weights(self, state: Any, folder: str) -> Any:
         """The state with the weights of a checkpoint."""
@@ -209,24 +212,31 @@ class Evaluator(Scored):
         return [[next(split) for _ in of_class] for of_class in self._groups]
 
     def _rows(
-        self, scores: Mapping[str, np.ndarray], checkpoint: str, temperature: float, members: int
+        self,
+        scores: Sequence[Mapping[str, np.ndarray]],
+        checkpoint: str,
+        temperature: float,
+        what: str,
+        members: int,
     ) -> Iterator[dict[str, Any]]:
-        prompts, settings = self._prompts, [self._aggregate, temperature, members]
-        settings += [self._checkpoints if members > 1 else ()]
-        ensemble = f", {members} checkpoints" if members > 1 else ""
+        prompts, of_members = self._prompts, f", {what} of {members} checkpoints" if what else ""
+        identity = [prompts.sha256, self._uncertain, self._average, self._aggregate, temperature]
+        identity += [self._preprocessing, list(self._classes)]
+        identity += [what, self._checkpoints if what else ()]
         for name in self._test_sets:
-            identity = [prompts.sha256, self._uncertain, self._average, *settings]
-            identity += [self._preprocessing, list(self._classes)]
+            file = None  # of a mean of metrics there is none
+            if len(scores) == 1:
+                file = self._write_predictions(name, scores[0][name], checkpoint, identity)
             common = {
                 **self._of_test_set(name, checkpoint),
-                "train_set": f"prompts {prompts.name}{ensemble}",
+                "train_set": f"prompts {prompts.name}{of_members}",
                 "fraction": 0.0,
                 "prompts": f"{prompts.name} {prompts.version}, {self._aggregate}, "
                 f"temperature {temperature:.3g}",
                 "prompts_sha256": prompts.sha256,
                 "n_prompts": len(self._tokens.tokens),
                 "members": members,
-                "predictions": self._write_predictions(name, scores[name], checkpoint, identity),
+                "predictions": file,
             }
             yield from self._result_rows(name, scores, common)
 
