@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from memory import MemorySource, pixels, settings
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    matthews_corrcoef,
+    roc_auc_score,
+)
 from sklearn.preprocessing import StandardScaler
 
-from bigmed import sharding, statistics
+from bigmed import comparison, sharding, statistics
 from bigmed.errors import UserError
 from bigmed.evaluators import knn, linear, parts
 
@@ -33,6 +38,10 @@ STATE = {"scale": np.ones((1, 1), np.float32)}
 
 def rows_of(evaluator):
     return list(evaluator.run(STATE, "x"))
+
+
+def by_metric(evaluator):
+    return {row["metric"]: row for row in rows_of(evaluator)}
 
 
 def x_of(source):
@@ -291,3 +300,46 @@ def test_subsets_are_written_once_and_equal_in_every_workdir(toy, mesh, tmp_path
         assert "patient-" not in manifest.read_text()
     assert hashes[0] == hashes[1] and len(hashes[0]) == 1
     assert rows_of(whole)[0]["subset_seed"] is None
+
+
+# ---------------------------------------------------------------------------- metrics and intervals
+
+
+def test_thresholds_come_from_validation_and_details_can_be_left_out(toy, mesh, tmp_path):
+    sources = toy()
+    more = {"l2_grid": (L2,), "predictions_dir": tmp_path}
+    rows = by_metric(linear.Evaluator(pixels, mesh, **settings(**more)))
+    train, val, test = (sources["toy", split] for split in ("train", "val", "test"))
+    known = (test.labels[:, 0] == 0) | (test.labels[:, 0] == 1)
+    predict = fitted(train, train.labels[:, 0])
+    of_val, of_test = (predict(x_of(source))[:, 1] for source in (val, test))
+    mask = (val.labels[:, 0] == 0) | (val.labels[:, 0] == 1)
+    thresholds = np.unique(of_val[mask])
+    mcc = [matthews_corrcoef(val.labels[mask, 0], of_val[mask] >= t) for t in thresholds]
+    answers = of_test[known] >= thresholds[int(np.argmax(mcc))]
+    expected = f1_score(test.labels[known, 0], answers)
+    assert rows["f1/a"]["value"] == pytest.approx(expected, abs=0.02)
+    expected = average_precision_score(test.labels[known, 0], of_test[known])
+    assert rows["ap/a"]["value"] == pytest.approx(expected, abs=1e-3)
+    assert rows["calibration/ece"]["ci_low"] is None and rows["calibration/brier"]["ci_low"] > 0
+    few = rows_of(linear.Evaluator(pixels, mesh, **settings(details=False, **more)))
+    kinds = {row["metric"].partition("/")[0] for row in few}
+    assert kinds == {"auc_macro", "ap_macro", "auc", "ap"}
+
+
+def test_delongs_interval_of_single_classes(toy, mesh, tmp_path):
+    sources = toy()
+    more = {"l2_grid": (L2,), "predictions_dir": tmp_path, "interval": "delong"}
+    rows = by_metric(linear.Evaluator(pixels, mesh, **settings(**more)))
+    (file,) = {row["predictions"] for row in rows.values()}
+    with np.load(tmp_path / file) as found:
+        scores = found["scores"][:, 1]
+    test = sources["toy", "test"]
+    low, high = comparison.delong([scores], test.labels[:, 1], test.patients).interval()
+    assert rows["auc/b"]["ci_low"] == pytest.approx(low, abs=1e-6)
+    assert rows["auc/b"]["ci_high"] == pytest.approx(high, abs=1e-6)
+    assert [name for name, row in rows.items() if row["interval"] == "delong"] == [
+        "auc/a", "auc/b", "auc/c",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="did you mean 'delong'"):
+        linear.Evaluator(pixels, mesh, **settings(interval="delongs"))

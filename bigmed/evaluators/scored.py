@@ -144,7 +144,8 @@ class Scored:
             its own thresholds, the rows are of the mean of their metrics, by the bootstrap.
           common: what the rows hold beside the metric.
         """
-        part, labels, interval = self._parts[name], self._labels(name), self._interval
+        part, labels = self._parts[name], self._labels(name)
+        by_delong = self._interval == "delong" and len(scores) == 1
         of_val = [one["val"] for one in scores] if self._details else []
         estimates = statistics.resample(
             [one[name] for one in scores],
@@ -156,13 +157,12 @@ class Scored:
             num_resamples=self._num_resamples,
             seed=self._seed,
         ).estimates()
-        if len(scores) > 1:
-            interval = "bootstrap"
-        elif interval == "delong":
+        if by_delong:
             estimates |= _delong(estimates, scores[0][name], labels, part.patients, self._classes)
         undefined = [c for c in self._classes if np.isnan(estimates[f"auc/{c}"].value)]
-        more = {"interval": interval, "undefined_classes": undefined}
-        yield from statistics.rows(estimates, {**common, **more})
+        for row in statistics.rows(estimates, {**common, "undefined_classes": undefined}):
+            of_class = by_delong and row["metric"].startswith("auc/")
+            yield {**row, "interval": "delong" if of_class else "bootstrap"}
 
     def _of_test_set(self, name: str, checkpoint: str) -> dict[str, Any]:
         """What all rows of one test set have in common."""
