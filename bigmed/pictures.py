@@ -128,6 +128,9 @@ def neighbours(found: Neighbours) -> np.ndarray:
     for q, labels in enumerate(found.query_labels):
         row = [_labelled(found.queries, found.query_rows[q], labels, found.class_names, INK)]
         for record, of_found in zip(found.found_rows[q], found.found_labels[q], strict=True):
+            if record < 0:
+                row.append(np.zeros((TILE + LINE, TILE, 3), np.uint8))
+                continue
             colour = ALIKE if ((labels == 1) & (of_found == 1)).any() else UNLIKE
             row.append(_labelled(found.found, record, of_found, found.class_names, colour))
         rows.append(row)

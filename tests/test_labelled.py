@@ -343,3 +343,35 @@ def test_delongs_interval_of_single_classes(toy, mesh, tmp_path):
     ]  # fmt: skip
     with pytest.raises(UserError, match="did you mean 'delong'"):
         linear.Evaluator(pixels, mesh, **settings(interval="delongs"))
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def test_neighbours_are_the_training_images_that_lie_nearest(toy, mesh):
+    sources = toy()
+    evaluator = knn.Evaluator(pixels, mesh, **settings())
+    (found,) = evaluator.neighbours(STATE)
+    train, test = sources["toy", "train"], sources["toy", "test"]
+    x = x_of(train)
+    known = np.flatnonzero(((train.labels == 0) | (train.labels == 1)).any(axis=1))
+    for q, row in enumerate(found.query_rows):
+        similar = x[known] @ x_of(test)[row] / np.linalg.norm(x[known], axis=1)
+        expected = known[np.argsort(-similar)[: found.found_rows.shape[1]]]
+        np.testing.assert_array_equal(found.found_rows[q], expected)
+        np.testing.assert_array_equal(found.found_labels[q], train.labels[expected])
+        np.testing.assert_array_equal(found.query_labels[q], test.labels[row])
+    assert len(found.query_rows) == 8 and found.class_names == train.class_names
+
+
+@pytest.mark.parametrize("average", ["features", "scores"])
+def test_a_map_shows_cases_where_they_are_averaged(toy, mesh, average):
+    sources = toy()
+    evaluator = knn.Evaluator(pixels, mesh, **settings(average=average))
+    (found,) = evaluator.features(STATE)
+    test = sources["toy", "test"]
+    known = ((test.labels == 0) | (test.labels == 1)).any(axis=1)
+    cases = [known & (test.cases == case) for case in np.unique(test.cases[known])]
+    expected = np.stack([x_of(test)[case].mean(axis=0) for case in cases])
+    np.testing.assert_allclose(found.x, expected, rtol=1e-5, atol=1e-6)
+    assert len(found.labels) == len(cases)

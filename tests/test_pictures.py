@@ -37,17 +37,17 @@ def test_neighbours_are_framed_by_whether_they_share_a_class():
     source = source_of(pixels)
     found = Neighbours(
         title="t", queries=source, found=source,
-        query_rows=np.array([0]), found_rows=np.array([[1, 2]]),
-        query_labels=np.array([[1, -1]]), found_labels=np.array([[[1, 0], [-1, 1]]]),
+        query_rows=np.array([0]), found_rows=np.array([[1, 2, -1]]),
+        query_labels=np.array([[1, -1]]), found_labels=np.array([[[1, 0], [-1, 1], [1, 1]]]),
         class_names=NAMES,
     )  # fmt: skip
     sheet = pictures.neighbours(found)
     step = pictures.TILE + pictures.GAP
-    assert sheet.shape == (pictures.TILE + pictures.LINE, 3 * step - pictures.GAP, 3)
+    assert sheet.shape == (pictures.TILE + pictures.LINE, 4 * step - pictures.GAP, 3)
     frames = [tuple(sheet[0, i * step + 50]) for i in range(3)]
     assert frames == [pictures.INK, pictures.ALIKE, pictures.UNLIKE]
     inside = sheet[60, [50, step + 50, 2 * step + 50]]
-    assert (inside == 90).all()
+    assert (inside == 90).all() and not sheet[:, 3 * step :].any()  # there was no third
     assert sheet[-10:, :100].max() > 150  # the class in words
 
 

@@ -210,3 +210,18 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path, change, said):
     with pytest.raises(UserError, match=said):
         curriculum.run(config.lock(), tmp_path, stop=lambda: False)
     assert not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_what_is_shown_of_a_query_is_what_is_counted(folder):
+    opened = open_source(source(folder))
+    evaluator, state = make(folder), state_of(opened)
+    (found,) = evaluator.neighbours(state)
+    x = state["images"][: len(opened)]
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    having = (opened.labels == 1).any(axis=1)
+    for row, shown in zip(found.query_rows, found.found_rows, strict=True):
+        eligible = np.flatnonzero(having & (opened.patients != opened.patients[row]))
+        expected = eligible[np.argsort(-(x[eligible] @ x[row]))][: len(shown)]
+        np.testing.assert_array_equal(shown, expected)
+    assert found.query_labels.any(axis=1).all() and "by image" in found.title
+

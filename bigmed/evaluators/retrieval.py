@@ -182,7 +182,7 @@ class Evaluator:
         queries, x = self._both(state)
         query, candidates = self._query, self._candidates
         picks = spread(query.positive)
-        _, index = nearest(
+        similar, index = nearest(
             x, queries[picks], min(SHOWN, len(x)), self._mesh, self._left_out(picks)
         )
         by = "by the report of the first image" if self._of_query else "by image"
@@ -191,7 +191,7 @@ class Evaluator:
             queries=query.source,
             found=candidates.source,
             query_rows=query.rows[picks],
-            found_rows=candidates.rows[index],
+            found_rows=np.where(np.isfinite(similar), candidates.rows[index], -1),
             query_labels=query.positive[picks],
             found_labels=candidates.positive[index],
             class_names=tuple(query.source.class_names),
