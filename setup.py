@@ -47,6 +47,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "statsmodels>=0.14",
             "torch>=2.4,<2.14",  # the oracle of encoders and weights
         ],
         "bench": ["torch>=2.4"],

@@ -116,12 +116,13 @@ class Curve:
         all_: np.ndarray,
     ) -> np.ndarray:
         """Precision averaged over the steps of recall, without interpolation [R]."""
-        del tied, all_
+        del tied
         if not len(true):
             return np.full(true.shape[1], np.nan)
         found = true + false
         precision = np.divide(true, found, out=np.zeros_like(true), where=found > 0)
-        return _ratio(np.einsum("gr,gr->r", positive, precision), true[-1])
+        found = _ratio(np.einsum("gr,gr->r", positive, precision), true[-1])
+        return np.where(all_ > 0, found, np.nan)  # of positives alone it is 1, whatever the scores
 
     @staticmethod
     def sensitivity(
@@ -229,6 +230,7 @@ def classification_metrics(
     task: str,
     point: OperatingPoint | None = None,
     units: np.ndarray | None = None,
+    untrained: Sequence[str] = (),
 ) -> Metrics:
     """The metrics of a task, as a function of multiplicities.
 
@@ -246,6 +248,8 @@ def classification_metrics(
       task: 'single_label' or 'multi_label'.
       point: chosen on validation.
       units: int [N] from 0 to P - 1, to which each image belongs; None: each to one of its own.
+      untrained: names of classes that nothing was learnt of: they are scored alike everywhere,
+        which says nothing, so that their own metrics are undefined.
 
     Returns:
       A function of multiplicities [P, R] that gives {metric: float64 [R]}, NaN where undefined.
@@ -267,7 +271,8 @@ def classification_metrics(
                 known = 1.0 if np.isfinite(point.thresholds[c]) else np.nan
                 found |= thresholded(yes, labels[:, c], sums, weights * known)
             for name, value in found.items():
-                by_class.setdefault(name, []).append(value)
+                told = value if class_names[c] not in untrained else np.full_like(value, np.nan)
+                by_class.setdefault(name, []).append(told)
         macro = {name: mean_of_defined(np.stack(values)) for name, values in by_class.items()}
         result = {"auc_macro": macro.pop("auc"), "ap_macro": macro.pop("ap")}
         if task == "single_label":
@@ -281,7 +286,10 @@ def classification_metrics(
         for name, values in by_class.items():
             result |= {f"{name}/{class_names[c]}": values[c] for c in classes}
         result |= {f"{name}/macro": value for name, value in macro.items()}
-        return result | (_calibration(scores, labels, task, point, sums, weights) if point else {})
+        if point is None:
+            return result
+        learnt = np.array([name not in untrained for name in class_names])
+        return result | _calibration(scores, labels, task, point, sums, weights, learnt)
 
     return function
 
@@ -293,6 +301,7 @@ def _calibration(
     point: OperatingPoint,
     sums: Sums,
     weights: np.ndarray,
+    learnt: np.ndarray,
 ) -> dict[str, np.ndarray]:
     scaled = point.scaled(scores, task)
     if task == "single_label":
@@ -306,8 +315,8 @@ def _calibration(
         )
     else:
         found: list[list[np.ndarray]] = [[], [], []]
-        for y, p, q in zip(labels.T, scores.T, scaled.T, strict=True):
-            known = (y == 0) | (y == 1)
+        for y, p, q, own in zip(labels.T, scores.T, scaled.T, learnt, strict=True):
+            known = own & ((y == 0) | (y == 1))
             total, squares = sums(np.stack([known, known * (p - y) ** 2]), weights)
             found[0].append(_ratio(squares, total))
             for values, probability in zip(found[1:], (p, q), strict=True):

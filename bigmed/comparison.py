@@ -5,11 +5,28 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from bigmed.errors import UserError
 
 CHUNK_ELEMENTS = 2**22
 Z = 1.959963984540054  # two-sided 95 % of a normal
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A difference of AUCs.
+
+    Attributes:
+      value: the difference.
+      low, high: of its 95 % interval; None where the errors have no variance.
+      p: two-sided, that it is 0; None likewise.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +41,25 @@ class Delong:
     aucs: np.ndarray
     covariance: np.ndarray
 
-    def interval(self, model: int = 0) -> tuple[float, float]:
-        """The 95 % interval of a model's AUC, within [0, 1]."""
+    def interval(self, model: int = 0) -> tuple[float, float] | None:
+        """The 95 % interval of a model's AUC, within [0, 1].
+
+        None where the errors have no variance, as of a model that ranks all images rightly: that
+        says nothing of other patients.
+        """
         reach = Z * np.sqrt(self.covariance[model, model])
+        if not reach > 0:
+            return None
         return max(self.aucs[model] - reach, 0.0), min(self.aucs[model] + reach, 1.0)
 
-    def difference(self, a: int = 0, b: int = 1) -> tuple[float, float, float, float]:
-        """(value, low, high, two-sided p) of the AUC of model a minus that of b."""
-        value = self.aucs[a] - self.aucs[b]
-        c = self.covariance
-        spread = np.sqrt(max(c[a, a] + c[b, b] - 2 * c[a, b], 0.0))
-        return value, value - Z * spread, value + Z * spread, _two_sided(value, spread)
-
-
-def _two_sided(value: float, spread: float) -> float:
-    if spread == 0:
-        return 1.0 if value == 0 else 0.0
-    return math.erfc(abs(value) / spread / math.sqrt(2))
+    def contrast(self, weights: np.ndarray) -> Contrast:
+        """Of the sum of the AUCs with these weights [M], such as 1 and -1 for a difference."""
+        value = float(weights @ self.aucs)
+        spread = math.sqrt(max(float(weights @ self.covariance @ weights), 0.0))
+        if not spread > 0:
+            return Contrast(value, None, None, None)
+        p = math.erfc(abs(value) / spread / math.sqrt(2))
+        return Contrast(value, value - Z * spread, value + Z * spread, p)
 
 
 def delong(scores: Sequence[np.ndarray], labels: np.ndarray, patients: np.ndarray) -> Delong:
@@ -55,8 +74,11 @@ def delong(scores: Sequence[np.ndarray], labels: np.ndarray, patients: np.ndarra
       patients: [N].
 
     Raises:
-      UserError: fewer than two patients with positive or with negative images.
+      UserError: numbers of scores, labels and patients that differ, a score that is not finite,
+        fewer than two patients with positive or with negative images.
     """
+    for one in scores:
+        _check_same_images(one, labels, patients)
     known = (labels == 0) | (labels == 1)
     positive, negative = known & (labels == 1), known & (labels == 0)
     cluster = np.unique(patients[known], return_inverse=True)[1]
@@ -86,6 +108,16 @@ def delong(scores: Sequence[np.ndarray], labels: np.ndarray, patients: np.ndarra
     return Delong(np.array(aucs), s10 / m + s01 / n + (s11 + s11.T) / (m * n))
 
 
+def _check_same_images(values: np.ndarray, others: np.ndarray, patients: np.ndarray) -> None:
+    if not len(values) == len(others) == len(patients):
+        raise UserError(
+            f"{len(values)} and {len(others)} values, of patients of {len(patients)} images, "
+            "cannot be compared; they must be of the same test set"
+        )
+    if not np.isfinite(np.asarray(values, np.float64)).all():
+        raise UserError("a score that is not finite cannot be compared")
+
+
 def _placements(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """For each of a the share of b below it, ties counted half."""
     ordered = np.sort(b)
@@ -110,11 +142,8 @@ def permutation_test(
       a, b: [N], what each model is worth on each image, such as whether it is right.
       patients: [N].
     """
-    if len(a) != len(b) or len(a) != len(patients):
-        raise UserError(
-            f"predictions of {len(a)} and {len(b)} images, of patients of {len(patients)}, cannot "
-            "be compared; both must be of the same test set"
-        )
+    _check_same_images(a, b, patients)
+    _check_same_images(b, a, patients)
     codes = np.unique(patients, return_inverse=True)[1]
     of_patient = np.bincount(codes, np.asarray(a, np.float64) - np.asarray(b, np.float64))
     of_patient = of_patient[of_patient != 0]  # the others change nothing
@@ -161,7 +190,8 @@ class OverSeeds:
       patient_low, patient_high: 95 % interval of the mean under other test patients.
       seed_sd: standard deviation over the seeds; None of one seed.
       low, high: 95 % interval under other patients and other seeds: the variances are added, that
-        of the mean over seeds being seed_sd^2 / S. None of one seed.
+        of the mean over seeds being seed_sd^2 / S, with a t quantile of Satterthwaite's degrees of
+        freedom (Biometrics 1946), as S is small. None of one seed.
     """
 
     mean: float
@@ -186,5 +216,9 @@ def over_seeds(values: Sequence[float], samples: np.ndarray) -> OverSeeds:
     if len(values) < 2:
         return OverSeeds(mean, float(low), float(high), None, None, None)
     sd = float(values.std(ddof=1))
-    spread = np.sqrt(of_mean.var(ddof=1) + sd**2 / len(values))
-    return OverSeeds(mean, float(low), float(high), sd, mean - Z * spread, mean + Z * spread)
+    of_seeds = sd**2 / len(values)
+    variance = of_mean.var(ddof=1) + of_seeds
+    # patients' variance comes of many resamples, as if of infinitely many degrees of freedom
+    freedom = (len(values) - 1) * (variance / of_seeds) ** 2 if of_seeds > 0 else np.inf
+    reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    return OverSeeds(mean, float(low), float(high), sd, mean - reach, mean + reach)

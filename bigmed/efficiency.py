@@ -19,6 +19,8 @@ class Crossing:
         None where the curve never gets there.
       low, high: 95 % interval of the saving. A resample whose curve never gets there counts as no
         saving (0), one that begins above the reference as the saving at its beginning.
+      repeats: whether the interval covers other repeats (training seeds, or draws of labels), too;
+        without several at every point it cannot.
       at_most: whether `patients` is the smallest number that was tried.
       reached: share of the resamples in which the curve gets there.
     """
@@ -29,6 +31,7 @@ class Crossing:
     high: float
     at_most: bool
     reached: float
+    repeats: bool
 
 
 def first_crossing(patients: np.ndarray, curves: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -67,8 +70,12 @@ def crossing(
 ) -> Crossing:
     """Where a model reaches a reference that learnt from `patients[-1]` labelled patients.
 
-    The interval covers the choice of test patients, and of training seeds and draws of labels: each
-    resample of the test patients takes repeats with replacement, apart at each point.
+    Curves are made to rise (`rising`) first: of a noisy curve the first point above the reference
+    would be taken, and a model would save labels against its equal. The interval covers the choice
+    of test patients and of the repeats: in each resample of the test patients the mean of the S
+    repeats is moved by its standard error times a draw of Student's t of S - 1 degrees of freedom,
+    apart at each point. (Drawing few repeats with replacement covers too little: 87 % of three, 89
+    % of five.)
 
     Args:
       patients: F numbers of labelled patients, rising; the last is all of them.
@@ -86,11 +93,12 @@ def crossing(
             f"labelled patients {[round(c) for c in counts]}: a crossing needs two and more "
             "numbers that rise"
         )
-    rng = np.random.default_rng(seed)
-    whole = np.array([[np.mean(of_point)] for of_point in values])
+    repeats = min(len(of_point) for of_point in (*values, reference_values)) > 1
+    rng = np.random.default_rng(seed) if repeats else None
+    whole = rising(np.array([[np.mean(of_point)] for of_point in values]))
     found = first_crossing(counts, whole, np.array([np.mean(reference_values)]))[0]
-    curves = np.stack([_mean_of_drawn(of_point, rng) for of_point in samples])
-    resampled = first_crossing(counts, curves, _mean_of_drawn(reference_samples, rng))
+    curves = rising(np.stack([_with_error(of_point, rng) for of_point in samples]))
+    resampled = first_crossing(counts, curves, _with_error(reference_samples, rng))
     savings = np.where(np.isfinite(resampled), 1 - resampled / counts[-1], 0.0)
     low, high = map(float, np.quantile(savings, [0.025, 0.975]))
     reached = bool(np.isfinite(found))
@@ -101,11 +109,34 @@ def crossing(
         high=high,
         at_most=reached and found == counts[0],
         reached=float(np.isfinite(resampled).mean()),
+        repeats=repeats,
     )
 
 
-def _mean_of_drawn(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[S, R] -> [R]: for each resample the mean of S repeats that are drawn with replacement."""
+def rising(curves: np.ndarray) -> np.ndarray:
+    """The curves [F, R] that never fall and are nearest in squares (isotonic regression).
+
+    By the max-min formula (Robertson, Wright and Dykstra 1988, theorem 1.4.4). Undefined points
+    leave a curve as it is.
+    """
+    count = len(curves)
+    sums = np.concatenate([np.zeros((1, curves.shape[1])), np.cumsum(curves, axis=0)])
+    fitted = np.full(curves.shape, -np.inf)
+    for f in range(count):
+        for i in range(f + 1):
+            means = [(sums[j + 1] - sums[i]) / (j + 1 - i) for j in range(f, count)]
+            fitted[f] = np.maximum(fitted[f], np.min(means, axis=0))
+    return np.where(np.isfinite(curves).all(axis=0), fitted, curves)
+
+
+def _with_error(samples: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """[S, R] -> [R]: of each resample the mean of its repeats, as other repeats might have it.
+
+    Without `rng`, as it is.
+    """
+    mean = samples.mean(axis=0)
+    if rng is None:
+        return mean
     repeats, resamples = samples.shape
-    drawn = rng.integers(repeats, size=(repeats, resamples))
-    return np.take_along_axis(samples, drawn, axis=0).mean(axis=0)
+    error = samples.std(axis=0, ddof=1) / np.sqrt(repeats)
+    return mean + rng.standard_t(repeats - 1, size=resamples) * error

@@ -104,7 +104,7 @@ class Record:
         results.json, which has them all, is written by `write_results`.
         """
         origin = {"stage": entry["name"], "seed": entry["seed"]}
-        origin |= {"evaluator": cell.evaluator, "cell": cell.name}
+        origin |= {"evaluator": cell.evaluator, "cell": cell.name, "settings": cell.protocol()}
         new = [{k: metrics.json_safe(v) for k, v in {**origin, **row}.items()} for row in rows]
         self._put(origin, new)
         if jax.process_index() == 0:

@@ -16,8 +16,9 @@ from bigmed.classification import BIASED, Metrics, Sums, classification_metrics
 from bigmed.errors import UserError, did_you_mean
 
 UNCERTAIN = -1
+SCORING_POLICIES = ("ignore", "zeros", "ones")
 TRAINING_POLICIES = ("smooth", "three_class")  # of training alone: `parts.training_targets`
-UNCERTAIN_POLICIES = ("ignore", "zeros", "ones", *TRAINING_POLICIES)
+UNCERTAIN_POLICIES = (*SCORING_POLICIES, *TRAINING_POLICIES)
 # What an uncertain label counts as under 'smooth': the middle of the range that Pham et al.
 # (arXiv 1911.06475) draw from (U).
 SMOOTH_TARGET = 0.7
@@ -138,6 +139,7 @@ def resample(
     task: str,
     *,
     points: Sequence[OperatingPoint | None] = (),
+    untrained: Sequence[str] = (),
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Resampled:
@@ -149,6 +151,7 @@ def resample(
       patients: [N].
       class_names, task: see `classification_metrics`.
       points: for each training seed what was chosen on validation; () for the metrics without.
+      untrained: see `classification_metrics`.
       num_resamples, seed: see `bootstrap`; the same seed draws the same patients for every model.
 
     Raises:
@@ -168,7 +171,7 @@ def resample(
     labels, patients = labels[keep], patients[keep]
     unique, codes = np.unique(patients, return_inverse=True)
     functions = [
-        classification_metrics(one[keep], labels, class_names, task, point, codes)
+        classification_metrics(one[keep], labels, class_names, task, point, codes, untrained)
         for one, point in zip(scores, points or [None] * len(scores), strict=True)
     ]
 

@@ -24,9 +24,18 @@ class Cell:
     settings: ConfigDict
     subset: tuple[float, int] | None
 
+    def protocol(self) -> str:
+        """Tells the settings from others, whatever the fraction and its seed."""
+        settings = {k: v for k, v in self.settings.items() if k not in ("fraction", "seed")}
+        return _hash(ConfigDict(settings))
+
     def digest(self) -> str:
         """Tells these settings from others."""
-        return hashlib.sha256(self.settings.to_json_best_effort().encode()).hexdigest()[:16]
+        return _hash(self.settings)
+
+
+def _hash(settings: ConfigDict) -> str:
+    return hashlib.sha256(settings.to_json_best_effort().encode()).hexdigest()[:16]
 
 
 def cells(config: ConfigDict) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.isotonic import IsotonicRegression
 
 from bigmed import efficiency
 from bigmed.errors import UserError
@@ -60,14 +61,49 @@ def test_repeats_widen_the_interval():
 
 
 def test_curves_that_begin_above_or_never_arrive():
-    rng = np.random.default_rng(3)
-    points = [noisy(rng, mean, 2) for mean in (0.6, 0.8, 0.9)]
+    rng, little = np.random.default_rng(3), {"by_repeat": 0.001}
+    points = [noisy(rng, mean, 9, **little) for mean in (0.6, 0.8, 0.9)]
     values, samples = zip(*points, strict=True)
-    above = efficiency.crossing(PATIENTS, values, samples, *noisy(rng, 0.3, 1))
+    above = efficiency.crossing(PATIENTS, values, samples, *noisy(rng, 0.3, 9, **little))
     assert above.at_most and above.patients == 10 and above.saving == above.high == 0.99
-    never = efficiency.crossing(PATIENTS, values, samples, *noisy(rng, 0.99, 1))
+    never = efficiency.crossing(PATIENTS, values, samples, *noisy(rng, 0.99, 9, **little))
     assert never.patients is None and never.saving is None
     assert (never.low, never.high, never.reached) == (0, 0, 0)
+
+
+def test_rising_curves_are_scikit_learns_isotonic_regression():
+    curves = np.random.default_rng(4).random((5, 50))
+    expected = [IsotonicRegression().fit_transform(np.arange(5), curve) for curve in curves.T]
+    np.testing.assert_allclose(efficiency.rising(curves), np.transpose(expected), atol=1e-12)
+    curves[2, 7] = np.nan
+    np.testing.assert_array_equal(efficiency.rising(curves)[:, 7], curves[:, 7])
+
+
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+def test_the_interval_covers_the_saving(repeats):
+    """By simulation; the truth is a curve that crosses the reference at 100 of 1000 patients."""
+    rng, covered, trials = np.random.default_rng(5), 0, 300
+    for _ in range(trials):
+        shared = rng.normal(0, 0.01)  # of the test patients, in all curves
+        resampled = rng.normal(0, 0.01, size=300)
+        points = []
+        for mean in (0.70, 0.80, 0.90, 0.80):
+            values = mean + shared + rng.normal(0, 0.02, size=repeats)
+            points.append((values, values[:, None] + resampled[None]))
+        *curve, reference = points
+        found = efficiency.crossing(PATIENTS, *zip(*curve, strict=True), *reference)
+        covered += found.low <= 0.9 <= found.high
+    # 300 trials: a standard error is 1.3 points
+    assert covered / trials > 0.91
+
+
+def test_with_one_repeat_the_interval_is_of_patients_alone():
+    rng = np.random.default_rng(6)
+    points = [noisy(rng, mean, count) for mean, count in ((0.6, 5), (0.8, 5), (0.9, 1))]
+    found = efficiency.crossing(PATIENTS, *zip(*points, strict=True), *noisy(rng, 0.75, 1))
+    assert not found.repeats
+    points = [noisy(rng, mean, 2) for mean in (0.6, 0.8, 0.9)]
+    assert efficiency.crossing(PATIENTS, *zip(*points, strict=True), *noisy(rng, 0.75, 2)).repeats
 
 
 def test_refuses_numbers_that_do_not_rise():

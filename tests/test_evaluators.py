@@ -386,9 +386,12 @@ def test_undefined_and_untrained_classes_are_listed(toy, state, mesh):
     assert rows["auc/b"]["value"] is None and rows["auc/b"]["ci_low"] is None
     assert rows["auc_macro"]["undefined_classes"] == ["b"]
     assert rows["auc_macro"]["untrained_classes"] == ["c"]
-    assert rows["auc/c"]["value"] == 0.5
-    expected = (rows["auc/a"]["value"] + 0.5) / 2
-    assert rows["auc_macro"]["value"] == pytest.approx(expected)
+    assert "training labels of both kinds" in rows["auc/c"]["reason"]  # no made-up 0.5
+    assert "test set has no labels of both kinds" in rows["auc/b"]["reason"]
+    for metric in ("auc/c", "ap/c", "f1/c", "sensitivity@spec0.9/c"):
+        assert rows[metric]["value"] is None and rows[metric]["ci_low"] is None
+    assert rows["auc_macro"]["value"] == pytest.approx(rows["auc/a"]["value"])
+    assert "reason" not in rows["auc_macro"]
 
 
 def test_bad_input_is_refused_in_one_line(toy, mesh):

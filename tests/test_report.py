@@ -40,6 +40,41 @@ def test_table_has_a_column_a_stage_and_a_block_a_test_set():
     assert "patients resampled" in notes and "synthetic" not in notes
 
 
+def test_what_is_not_the_same_measurement_is_not_averaged():
+    one, other = row(value=0.9), row(value=0.6)
+    for key, values in (
+        ("shift", (None, "elsewhere")),
+        ("split_sha256", ("5e" * 32, "6f" * 32)),
+        ("averaged", (None, "scores")),
+        ("label_policy", ("uncertain=ones", "uncertain=zeros")),
+    ):
+        rows = [{**one, key: values[0]}, {**other, key: values[1]}]
+        first, second = table.blocks(rows)
+        assert first.cells["auc_macro"]["simclr"].mean == 0.9
+        assert second.cells["auc_macro"]["simclr"].mean == 0.6
+        assert key in first.title() and first.title() != second.title()
+    # of one stage with two settings of its evaluator, as after a change between two sweeps
+    rows = [{**one, "settings": "a" * 16}, {**other, "settings": "b" * 16}]
+    marks = [block.mark for block in table.blocks(rows)]
+    assert marks == ["settings aaaaaa", "settings bbbbbb"]
+    # stages that were evaluated with different ones stand side by side still
+    rows[1]["stage"] = "micle"
+    (block,) = table.blocks(rows)
+    assert block.stages == ("simclr", "micle") and "settings" not in block.title()
+
+
+def test_an_empty_draw_has_no_part_in_the_mean_number_of_labels():
+    rows = [
+        row(value=0.7, subset_seed=0, n_train_patients=10),
+        row(value=None, subset_seed=1, n_train_patients=0, n_images=0, n_patients=0),
+        row("micle", value=None, subset_seed=0, n_train_patients=0, n_images=0, n_patients=0),
+    ]
+    (block,) = table.blocks(rows)
+    assert block.cells["auc_macro"]["simclr"].n_labelled == 10
+    assert block.cells["auc_macro"]["micle"].n_labelled is None
+    assert block.size() == "150 images of 103 patients, 1-2 seeds"
+
+
 def test_table_puts_seeds_together():
     rows = [row(seed=s, value=v) for s, v in enumerate((0.7, 0.8, 0.75))]
     text = table.format_table(rows)

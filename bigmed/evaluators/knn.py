@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from bigmed import statistics
 from bigmed.errors import UserError, did_you_mean
 from bigmed.evaluators.neighbours import nearest
 from bigmed.evaluators.probe import Probe
 
 WEIGHTINGS = ("softmax", "uniform")
+QUERIES = 16_384  # whose votes are counted at once
 
 
 class Evaluator(Probe):
@@ -27,6 +29,7 @@ class Evaluator(Probe):
     """
 
     NAME = "knn"
+    POLICIES = (*statistics.SCORING_POLICIES, "smooth")
 
     def __init__(
         self,
@@ -40,9 +43,11 @@ class Evaluator(Probe):
     ):
         if weighting not in WEIGHTINGS:
             raise UserError(f"weighting='{weighting}': {did_you_mean(weighting, WEIGHTINGS)}")
-        if not k_grid or min(k_grid) < 1 or temperature <= 0:
+        whole = all(isinstance(k, int) and k >= 1 for k in k_grid)
+        if not k_grid or not whole or not temperature > 0:
             raise UserError(
-                f"k_grid={tuple(k_grid)}, temperature={temperature}: valid: positive values"
+                f"k_grid={tuple(k_grid)}, temperature={temperature}: valid: whole numbers from 1, "
+                "and a temperature above 0"
             )
         super().__init__(predict_fn, mesh, **probe)
         self._k_grid = tuple(k_grid)
@@ -60,9 +65,13 @@ class Evaluator(Probe):
         queries: np.ndarray,
     ) -> np.ndarray:
         """Shares of votes [G, M, L]."""
-        ks = [setting["k"] for setting in settings]
-        similarities, indices = nearest(x, queries, max(ks), self._mesh)
-        return votes(similarities, targets[indices], ks, prevalence(targets), self._temperature)
+        ks, prior = [setting["k"] for setting in settings], prevalence(targets)
+        scores = np.empty((len(ks), len(queries), targets.shape[1]))
+        for start in range(0, len(queries), QUERIES):
+            part = slice(start, start + QUERIES)
+            similarities, indices = nearest(x, queries[part], max(ks), self._mesh)
+            scores[:, part] = votes(similarities, targets[indices], ks, prior, self._temperature)
+        return scores
 
 
 def prevalence(targets: np.ndarray) -> np.ndarray:

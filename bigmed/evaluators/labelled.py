@@ -70,8 +70,9 @@ class Labelled(Scored, abc.ABC):
             raise UserError(
                 f"select_by='{select_by}' for task {self._task}: {did_you_mean(select_by, valid)}"
             )
-        if self._uncertain == "three_class" and self._task != "multi_label":
-            raise UserError(f"uncertain='three_class' is of task multi_label, not {self._task}")
+        policy = self._uncertain
+        if policy in statistics.TRAINING_POLICIES and self._task != "multi_label":
+            raise UserError(f"uncertain='{policy}' is of task multi_label, not {self._task}")
         self._select_by = select_by
         self._train_source = self._opened["train"]
         self._quality(np.zeros(self._labels("val").shape))  # can it choose at all?
@@ -101,11 +102,11 @@ class Labelled(Scored, abc.ABC):
         keep = learnable_rows(source.labels, self._task, self._uncertain)
         if fraction < 1:
             keep &= drawn_patients(source.patient_keys, fraction, seed)[source.patients]
-        if not keep.any():
-            return f"train source '{source.name}' has no labelled image{drawing}"
-        by_case = self._average == "features"
+        by_case = self._average == "features" and keep.any()
         part = make_part("train", source, source.labels, keep, self._task, by_case)
         self._parts = {**self._parts, "train": part}
+        if not keep.any():
+            return f"train source '{source.name}' has no labelled image{drawing}"
         if not learnable(self._targets("train")).any():
             return (
                 f"train source '{source.name}'{drawing} has no class with both positive and "
@@ -140,8 +141,8 @@ class Labelled(Scored, abc.ABC):
           value, ci_low, ci_high, n_images (of units), unit ('image', 'patient' or 'study'),
           averaged, n_patients, split_sha256 (of the test split), checkpoint, label_policy, chosen
           (the setting), run (its number), interval, n_train_images, n_train_patients,
-          undefined_classes (not in a mean), untrained_classes (scored alike everywhere, for want
-          of training labels of both kinds), undefined_resamples, resample_unit ('patient', or
+          undefined_classes (of the test set) and untrained_classes (for want of training labels of
+          both kinds), which are in no mean, undefined_resamples, resample_unit ('patient', or
           'image' where the data set names no patients), synthetic, predictions (file), reason (of
           missing values)}; undefined values are None.
         """

@@ -116,7 +116,7 @@ class Evaluator(LogisticProbe):
         max_iterations: int = 500,
         **probe: Any,
     ):
-        if not l2_grid or min(l2_grid) <= 0 or max_iterations < 1:
+        if not l2_grid or not all(value > 0 for value in l2_grid) or max_iterations < 1:
             raise UserError(
                 f"l2_grid={tuple(l2_grid)}, max_iterations={max_iterations}: valid: positive values"
             )

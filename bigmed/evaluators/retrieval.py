@@ -17,7 +17,7 @@ import numpy as np
 from bigmed import statistics
 from bigmed.data import texts
 from bigmed.data.sources import Source, joined_patients, open_source
-from bigmed.errors import UserError
+from bigmed.errors import UserError, did_you_mean
 from bigmed.evaluators import features
 from bigmed.evaluators.neighbours import SHOWN, Neighbours, nearest, spread
 
@@ -92,6 +92,9 @@ class Evaluator:
         del predictions_dir, hash_key
         if not ks or min(ks) < 1 or num_resamples < 1:
             raise UserError(f"ks={tuple(ks)}, num_resamples={num_resamples}: valid: 1 and more")
+        if uncertain not in statistics.SCORING_POLICIES:
+            valid = did_you_mean(uncertain, statistics.SCORING_POLICIES)
+            raise UserError(f"uncertain='{uncertain}' of retrieval: {valid}")
         extra = {"classes": tuple(classes)} if classes else {}
         opened = [open_source({**dict(source), **extra}) for source in (query, candidates)]
         if opened[0].class_names != opened[1].class_names:
@@ -202,6 +205,9 @@ class Evaluator:
         weights = features.weights_fingerprint(state)
         name, predict_fn = self._preprocessing["representation"], self._predict_fn
         x = self._features(name, predict_fn, self._candidates, state, weights, None)
+        same = self._query.source.fingerprint == self._candidates.source.fingerprint
+        if same and not self._of_query and np.array_equal(self._query.rows, self._candidates.rows):
+            return x, x
         name, predict_fn = self._of_query or (name, predict_fn)
         return self._features(name, predict_fn, self._query, state, weights, self._text), x
 
@@ -229,7 +235,7 @@ class Evaluator:
             cache_key=json.dumps(identity, sort_keys=True),
             **self._form,
         )
-        return everything[side.rows]
+        return everything if len(side.rows) == len(everything) else everything[side.rows]
 
     def _precision(self, queries: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
         """{metric: float64 [Q], NaN where it is undefined}."""

@@ -3,6 +3,7 @@
 `labelled.Labelled` adds training labels; `zero_shot` has none.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from bigmed.calibration import operating_point
 from bigmed.data.sources import Source, check_disjoint, open_source
 from bigmed.errors import UserError, did_you_mean
 from bigmed.evaluators import predictions
-from bigmed.evaluators.parts import Part, make_part, map_labels
+from bigmed.evaluators.parts import Part, learnable, make_part, map_labels
 
 SPLITS = ("train", "val", "test")
 AVERAGES = ("features", "scores")
@@ -54,6 +55,7 @@ class Scored:
 
     NAME = ""  # how result rows and files call the evaluator
     AVERAGES = AVERAGES  # what it can average
+    POLICIES = statistics.UNCERTAIN_POLICIES  # what it can make of uncertain labels
 
     def __init__(
         self,
@@ -71,10 +73,19 @@ class Scored:
         num_resamples: int = 1000,
         seed: int = 0,
     ):
-        if num_resamples < 1:
-            raise UserError(f"num_resamples={num_resamples}: valid: 1 and more")
+        if num_resamples < 1 or seed < 0:
+            raise UserError(
+                f"num_resamples={num_resamples}, seed={seed}: valid: 1 and more, 0 and more"
+            )
+        for name, other in (shift or {}).items():
+            if not isinstance(other, Mapping) or "source" not in other:
+                raise UserError(f"shift.{name} has no source; valid: source, label_map")
         if average and average not in self.AVERAGES:
             raise UserError(f"average='{average}': {did_you_mean(average, self.AVERAGES)}")
+        if uncertain not in self.POLICIES:
+            raise UserError(
+                f"uncertain='{uncertain}' of {self.NAME}: {did_you_mean(uncertain, self.POLICIES)}"
+            )
         if interval not in INTERVALS:
             raise UserError(f"interval='{interval}': {did_you_mean(interval, INTERVALS)}")
         self._mesh, self._num_resamples, self._seed = mesh, num_resamples, seed
@@ -145,6 +156,7 @@ class Scored:
           common: what the rows hold beside the metric.
         """
         part, labels = self._parts[name], self._labels(name)
+        untrained = common.get("untrained_classes", ())
         by_delong = self._interval == "delong" and len(scores) == 1
         of_val = [one["val"] for one in scores] if self._details else []
         estimates = statistics.resample(
@@ -154,15 +166,20 @@ class Scored:
             self._classes,
             self._task,
             points=[operating_point(s, self._labels("val"), self._task) for s in of_val],
+            untrained=untrained,
             num_resamples=self._num_resamples,
             seed=self._seed,
         ).estimates()
         if by_delong:
             estimates |= _delong(estimates, scores[0][name], labels, part.patients, self._classes)
-        undefined = [c for c in self._classes if np.isnan(estimates[f"auc/{c}"].value)]
+        both = learnable(labels)
+        undefined = [c for c, known in zip(self._classes, both, strict=True) if not known]
         for row in statistics.rows(estimates, {**common, "undefined_classes": undefined}):
             of_class = by_delong and row["metric"].startswith("auc/")
-            yield {**row, "interval": "delong" if of_class else "bootstrap"}
+            row["interval"] = "delong" if of_class else "bootstrap"
+            if row["value"] is None:
+                row["reason"] = _reason(row["metric"], untrained, undefined)
+            yield row
 
     def _of_test_set(self, name: str, checkpoint: str) -> dict[str, Any]:
         """What all rows of one test set have in common."""
@@ -202,6 +219,18 @@ class Scored:
         )
 
 
+def _reason(metric: str, untrained: Sequence[str], undefined: Sequence[str]) -> str:
+    """Why a metric has no value."""
+    kind, _, name = metric.partition("/")
+    if name in untrained:
+        return "the class has no training labels of both kinds"
+    if name in undefined:
+        return "the test set has no labels of both kinds"
+    if not name or kind in ("auc", "ap"):
+        return "no class is defined"
+    return "validation has no labels of both kinds to choose by"
+
+
 def _delong(
     estimates: Mapping[str, statistics.Estimate],
     scores: np.ndarray,
@@ -212,10 +241,10 @@ def _delong(
     """The AUC of each class with DeLong's interval, or with none where there can be none."""
     found = {}
     for c, name in enumerate(classes):
-        known = estimates[f"auc/{name}"]
-        try:
-            low, high = comparison.delong([scores[:, c]], labels[:, c], patients).interval()
-        except UserError:  # too few patients
-            low = high = None
+        known, limits = estimates[f"auc/{name}"], None
+        if np.isfinite(known.value):
+            with contextlib.suppress(UserError):  # too few patients
+                limits = comparison.delong([scores[:, c]], labels[:, c], patients).interval()
+        low, high = limits or (None, None)
         found[f"auc/{name}"] = dataclasses.replace(known, low=low, high=high, undefined_resamples=0)
     return found

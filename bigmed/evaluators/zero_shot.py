@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from bigmed import checkpoint as checkpoints_of
-from bigmed import sharding, tree
+from bigmed import sharding, statistics, tree
 from bigmed.calibration import probabilities_of
 from bigmed.data import prompts as prompt_files
 from bigmed.data import texts, tokenise
@@ -65,6 +65,7 @@ class Evaluator(Scored):
     NAME = "zero_shot"
     HELD_OUT = ("test",)
     AVERAGES = ("scores",)
+    POLICIES = statistics.SCORING_POLICIES
     PROMPTED = True  # takes a representation of texts, and the objective's `scale`
 
     def __init__(

@@ -1,7 +1,6 @@
 """Label-efficiency curves of few-label sweeps, and how many labels a model saves."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ def section(groups: Sequence[Sequence[runs.Tested]]) -> str:
         "intervals over test patients. A saving is the share of the labelled patients that a "
         "model does not need to reach what the first model reaches with all of them, read off its "
         "curve between the fractions on a logarithmic scale; its interval covers test patients, "
-        "training seeds and draws of labels."
+        "and other training seeds or draws of labels where every point has several."
     )
     parts = [f"<h2>Label efficiency</h2><p>{explained}</p>"]
     return "\n".join([*parts, *map(_sweep, sweeps)])
@@ -81,19 +80,20 @@ def savings(sweep: Sequence[runs.Tested], metric: str) -> dict[str, efficiency.C
     blocks = [tested.block for tested in sweep]
     if blocks[-1].fraction < 1 or not all(tested.resampled for tested in sweep):
         return {}
-    patients = [
-        np.mean([c.n_labelled for c in block.cells[metric].values() if c.n_labelled])
-        for block in blocks
-    ]
     reference = blocks[-1].stages[0]
     shared = set.intersection(*(set(block.stages) for block in blocks))
-    of_point = [
-        {stage: _metric_of(tested.resampled[stage], metric) for stage in shared}
-        for tested in sweep
-    ]
-    if reference not in shared or any(
-        np.isnan(values).any() for point in of_point for values, _ in point.values()
-    ):
+    patients, of_point = [], []
+    for tested in sweep:
+        cells = tested.block.cells[metric].values()
+        labelled = np.mean([c.n_labelled or np.nan for c in cells])
+        found = {stage: _metric_of(tested, stage, metric) for stage in shared}
+        defined = all(np.isfinite(values).all() for values, _ in found.values())
+        # draws of hardly any more patients are no further point
+        if defined and np.isfinite(labelled) and labelled > max([0, *patients]):
+            patients.append(labelled)
+            of_point.append(found)
+    full = np.mean([c.n_labelled or np.nan for c in blocks[-1].cells[metric].values()])
+    if reference not in shared or len(patients) < 2 or patients[-1] != full:
         return {}
     return {
         stage: efficiency.crossing(
@@ -107,10 +107,15 @@ def savings(sweep: Sequence[runs.Tested], metric: str) -> dict[str, efficiency.C
     }
 
 
-def _metric_of(resampled: Sequence[Any], metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _metric_of(tested: runs.Tested, stage: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(values [S], samples [S, R]), a repeat being a training seed where there are several."""
+    resampled = tested.resampled[stage]
+    values = np.array([one.values[metric] for one in resampled])
+    samples = np.stack([one.samples[metric] for one in resampled])
+    groups = tested.by_seed()
     return (
-        np.array([one.values[metric] for one in resampled]),
-        np.stack([one.samples[metric] for one in resampled]),
+        np.array([values[own].mean() for own in groups]),
+        np.stack([samples[own].mean(axis=0) for own in groups]),
     )
 
 

@@ -8,6 +8,8 @@ NOTE_SYNTHETIC = "synthetic images made by a program: these numbers say nothing 
 NOTE_TRANSDUCTIVE = "transductive: pretraining may have seen its held-out images, without labels"
 CLEAN = "none found"  # `leakage` of rows without anything to tell
 UNDEFINED = "undefined"
+COMMON = ("evaluator", "task", "train_set", "test_set", "fraction")
+MARKS = ("shift", "split_sha256", "averaged", "label_policy", "prompts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Cell:
       values: of the seeds where it is defined.
       n_seeds: of training, times those that drew the labelled patients, times runs.
       n_images, n_patients: of one seed's test set.
-      n_labelled: mean number of training patients whose labels were used; None if it is not known.
+      n_labelled: mean number of training patients whose labels were used, where the metric is
+        defined; None if it is not known.
     """
 
     mean: float | None
@@ -39,6 +42,7 @@ class Block:
 
     Attributes:
       evaluator, task, train_set, test_set, fraction: what the rows have in common.
+      mark: what else tells them from the rows of another block of that title; '' if nothing does.
       stages: in the order of the run.
       cells: {metric: {stage: Cell}}.
       rows: the rows themselves.
@@ -49,6 +53,7 @@ class Block:
     train_set: str
     test_set: str
     fraction: float
+    mark: str
     stages: tuple[str, ...]
     cells: Mapping[str, Mapping[str, Cell]]
     rows: tuple[Mapping[str, Any], ...]
@@ -64,7 +69,8 @@ class Block:
 
     def data_title(self) -> str:
         """'linear: a/train -> a/test'."""
-        return f"{self.evaluator}: {self.train_set} -> {self.test_set}"
+        mark = f" ({self.mark})" if self.mark else ""
+        return f"{self.evaluator}: {self.train_set} -> {self.test_set}{mark}"
 
     def share(self) -> str:
         """'10 %'."""
@@ -73,8 +79,9 @@ class Block:
     def size(self) -> str:
         """'150 images of 103 patients, 3 seeds'."""
         cells = self.cells[next(iter(self.cells))].values()
+        known = [c for c in cells if c.values] or list(cells)
         n_images, n_patients = (
-            span(getattr(c, name) for c in cells) for name in ("n_images", "n_patients")
+            span(getattr(c, name) for c in known) for name in ("n_images", "n_patients")
         )
         n_seeds = span(cell.n_seeds for cell in cells)
         seeds = "" if n_seeds == "1" else f", {n_seeds} seeds"
@@ -101,12 +108,42 @@ def span(values: Iterable[Any]) -> str:
 
 
 def blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Result rows, grouped by evaluator and data, seeds put together; orders are the rows' own."""
-    common = ("evaluator", "task", "train_set", "test_set", "fraction")
+    """Result rows, grouped by evaluator and data, seeds put together; orders are the rows' own.
+
+    Rows that differ in what is measured (`MARKS`) are never put together, nor are those of a stage
+    that were made with different settings of its evaluator.
+    """
     grouped: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
-        grouped.setdefault(tuple(row[key] for key in common), []).append(row)
-    return [_block(key, group) for key, group in grouped.items()]
+        grouped.setdefault(tuple(row.get(key) for key in (*COMMON, *MARKS)), []).append(row)
+    titles: dict[tuple, list[tuple]] = {}
+    for key in grouped:
+        titles.setdefault(key[: len(COMMON)], []).append(key)
+    made = []
+    for key, group in grouped.items():
+        common, alike = key[: len(COMMON)], titles[key[: len(COMMON)]]
+        differing = [
+            f"{name} {str(value)[:12] if name.endswith('sha256') else value}"
+            for i, (name, value) in enumerate(zip(MARKS, key[len(COMMON) :], strict=True))
+            if len({other[len(COMMON) + i] for other in alike}) > 1
+        ]
+        for settings, part in _by_settings(group).items():
+            mark = ", ".join([*differing, *([f"settings {settings[:6]}"] if settings else [])])
+            made.append(_block((*common, mark), part))
+    return made
+
+
+def _by_settings(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Apart by the settings of their evaluator, if a stage has rows of several; else all as ''."""
+    of_stage: dict[str, set] = {}
+    for row in rows:
+        of_stage.setdefault(row["stage"], set()).add(row.get("settings"))
+    if all(len(settings) == 1 for settings in of_stage.values()):
+        return {"": rows}
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(row.get("settings") or "older", []).append(row)
+    return parts
 
 
 def _block(key: tuple, rows: list[Mapping[str, Any]]) -> Block:
@@ -122,9 +159,10 @@ def _block(key: tuple, rows: list[Mapping[str, Any]]) -> Block:
 
 
 def _cell(rows: list[Mapping[str, Any]]) -> Cell:
-    values = tuple(row["value"] for row in rows if row["value"] is not None)
-    limits = [(row["ci_low"], row["ci_high"]) for row in rows if row["value"] is not None]
-    labelled = [row.get("n_train_patients") for row in rows]
+    valued = [row for row in rows if row["value"] is not None]
+    values = tuple(row["value"] for row in valued)
+    limits = [(row["ci_low"], row["ci_high"]) for row in valued]
+    labelled = [row.get("n_train_patients") for row in valued]
     given = bool(limits) and all(low is not None and high is not None for low, high in limits)
     return Cell(
         mean=sum(values) / len(values) if values else None,
@@ -134,7 +172,7 @@ def _cell(rows: list[Mapping[str, Any]]) -> Cell:
         n_seeds=len({(row["seed"], row.get("subset_seed"), row.get("run")) for row in rows}),
         n_images=max(row["n_images"] for row in rows),
         n_patients=max(row["n_patients"] for row in rows),
-        n_labelled=sum(labelled) / len(labelled) if None not in labelled else None,
+        n_labelled=sum(labelled) / len(labelled) if labelled and None not in labelled else None,
     )
 
 
