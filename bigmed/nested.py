@@ -1,6 +1,7 @@
 """Runs inside the evaluation of a stage: its model, trained on with another config."""
 
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -96,14 +97,19 @@ class Trainer:
         return stage.objective, state
 
     def outcome(self, name: str) -> float | None:
-        """What was noted of a run."""
+        """What was noted of a run; None if nothing was."""
         path = self._directory / name / OUTCOME
-        return json.loads(path.read_text())["value"] if path.exists() else None
+        if not path.exists():
+            return None
+        value = json.loads(path.read_text())["value"]
+        return -math.inf if value is None else value
 
     def note(self, name: str, value: float) -> None:
-        """Notes the outcome of a run."""
+        """Notes the outcome of a run; -inf of one that did not stay finite."""
         if jax.process_index() == 0:
-            metrics.write_json(self._directory / name / OUTCOME, {"value": value})
+            path = self._directory / name / OUTCOME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metrics.write_json(path, {"value": metrics.json_safe(value)})
 
     def forget(self, name: str) -> None:
         """Removes the weights of a run; its metrics and outcome stay."""

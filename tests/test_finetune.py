@@ -98,6 +98,17 @@ def test_a_stopped_run_continues_and_ends_bit_equal(whole, tmp_path):
         np.testing.assert_array_equal(weights(best[1])[name], leaf)
 
 
+def test_a_rate_that_diverges_is_out_of_the_choice(tmp_path, caplog):
+    settings = {"learning_rates": (0.05, 1e30), "steps": 2, "evaluate_every": 2}
+    _, rows = run(config_of(**settings), tmp_path)
+    assert {row["chosen"]["lr"] for row in rows} == {0.05}
+    assert "is out of the choice" in caplog.text
+    (noted,) = folder_of(tmp_path).glob("*/lr1e+30*/outcome.json")
+    assert json.loads(noted.read_text()) == {"value": None}
+    with pytest.raises(UserError, match="every run of learning_rates"):
+        run(config_of(**{**settings, "learning_rates": (1e30, 1e31)}), tmp_path / "all")
+
+
 def test_the_head_alone_is_trained_first(tmp_path):
     settings = {"steps": 1, "evaluate_every": 1, "head_only_steps": 2, "learning_rates": (1e-12,)}
     run(config_of(**settings), tmp_path)

@@ -7,6 +7,7 @@ protocols: SimCLR (arXiv 2002.05709, B.5 and B.8), Big-SSL (arXiv 2101.05224), C
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,9 +16,11 @@ import jax
 import numpy as np
 
 from bigmed import sharding, tree
-from bigmed.errors import UserError
+from bigmed.errors import NonFiniteError, UserError
 from bigmed.evaluators import features
 from bigmed.evaluators.labelled import Labelled, Learnt
+
+log = logging.getLogger("bigmed")
 
 MAX_EVALUATIONS = 100  # of a run, where they are once an epoch
 
@@ -176,14 +179,22 @@ class Evaluator(Labelled):
             name = self._name(setting, 0)
             value = self._trainer.outcome(name)
             if value is None:
-                scores = self._predict(*self._fit(setting, 0, weights), "val")
-                value = self._quality(scores)
+                try:
+                    value = self._quality(self._predict(*self._fit(setting, 0, weights), "val"))
+                except NonFiniteError as error:
+                    log.warning("%s: %s is out of the choice (%s)", self.NAME, setting, error)
+                    value = -math.inf
                 self._trainer.note(name, value)
             worse = setting
             if value > best_value:
                 worse, best, best_value = best, setting, value
             if worse:  # the weights of one setting at a time are kept
                 self._trainer.forget(self._name(worse, 0))
+        if len(settings) > 1 and not best:
+            raise UserError(
+                f"{self.NAME}: every run of learning_rates={self._rates} grew beyond all bounds; "
+                "use lower ones"
+            )
         best = best or settings[0]
         for run in range(self._runs):
             trained = self._fit(best, run, weights)
