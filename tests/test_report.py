@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from made_up import NAMES, Checker, made_up_run, row
+from made_up import NAMES, Checker, N, made_up_run, row
 
 from bigmed import comparison, statistics
+from bigmed.errors import UserError
 from bigmed.evaluators.features import write_npz
 from bigmed.report import html as report
 from bigmed.report import results, runs, svg, table
@@ -124,6 +125,42 @@ def test_report_shows_no_folders(workdir):
     assert str(workdir.parent) not in text
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/j doe/hospital 7/", ".../hospital 7"),
+        ("--config.x.checkpoints=('/home/j.doe/a/b',)", "--config.x.checkpoints=('.../b',)"),
+        ("file:///home/j.doe/b", "file:.../b"),
+        ("~/j.doe/b", ".../b"),
+        ("C:\\j.doe\\b", ".../b"),
+        ("{data_root}/dataset", "{data_root}/dataset"),
+        ("(params|batch_stats)/backbone/.*", "(params|batch_stats)/backbone/.*"),
+        ("configs/few_label.py:smoke", "configs/few_label.py:smoke"),
+        ({"a": ["--workdir", "/tmp/j.doe/run"]}, {"a": ["--workdir", ".../run"]}),
+    ],
+)
+def test_folders_are_cut_wherever_they_stand(value, shown):
+    assert report.without_folders(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", '{"a": 1}'),
+        ("results.json", "null"),
+        ("results.json", '[{"stage": "x"}]'),
+        ("pictures/a.json", "["),
+        ("curriculum.json", "[]"),
+    ],
+)
+def test_files_that_no_run_wrote_are_named(workdir, file, content):
+    (workdir / "pictures").mkdir()
+    (workdir / file).write_text(content)
+    with pytest.raises(UserError, match=file) as error:
+        report.write_report(workdir)
+    assert "\n" not in str(error.value)
+
+
 def test_report_shows_the_numbers(workdir):
     words = "".join(Checker(report.write_report(workdir).read_text()).words)
     (block,) = table.blocks(json.loads((workdir / "results.json").read_text()))
@@ -157,6 +194,58 @@ def test_report_compares_stages_by_paired_resampling(workdir):
     assert f"simclr - untrainedauc_macro{shown}" in words
 
 
+def test_classes_are_compared_by_delong_and_accuracies_by_permutation(tmp_path):
+    rng = np.random.default_rng(0)
+    actual, patients = rng.integers(3, size=N), rng.integers(40, size=N).astype(str)
+    labels, rows, scores = np.eye(3, dtype=np.int8)[actual], [], {}
+    for stage, strength in (("untrained", 0.5), ("simclr", 1.5)):
+        p = np.exp(rng.normal(size=(N, 3)) + strength * labels)
+        scores[stage] = (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
+        write_npz(
+            tmp_path / "predictions" / f"{stage}.npz",
+            scores=scores[stage], labels=labels, patients=patients, class_names=np.array(NAMES),
+            image_ids=np.arange(N).astype(str),
+        )  # fmt: skip
+        rows += [
+            row(stage, metric=m, predictions=f"{stage}.npz", task="single_label")
+            for m in ("auc_macro", "accuracy", "auc/mass")
+        ]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    text = report.write_report(tmp_path).read_text()
+    words = "".join(Checker(text).words)
+    both = [scores["simclr"][:, 0], scores["untrained"][:, 0]]
+    d = comparison.delong(both, labels[:, 0], patients).contrast(np.array([1.0, -1.0]))
+    assert f"masssimclr - untrained{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{d.p:.3f}" in words
+    right = [scores[s].argmax(axis=1) == actual for s in ("simclr", "untrained")]
+    p = comparison.permutation_test(*right, patients, num_permutations=results.PERMUTATIONS)
+    gain = right[0].mean() - right[1].mean()
+    assert re.search(rf"simclr - untrainedaccuracy\{gain:+.3f} \[[^]]*\].*?{p:.3f}", words)
+    assert text.count("confusion") >= 2  # a matrix for each stage
+
+
+def test_one_test_patient_gives_neither_interval_nor_p(workdir):
+    for path in (workdir / "predictions").iterdir():
+        with np.load(path) as file:
+            arrays = dict(file)
+        write_npz(path, **{**arrays, "patients": np.full(N, "one")})
+    ((tested,),) = runs.tested(runs.joined_rows([runs.read_run(workdir)]))
+    for d in results.differences(tested):
+        assert d.found.low is None and d.p is None and d.p_holm is None and d.seeds is None
+
+
+def test_a_class_that_was_not_learnt_is_not_compared(workdir):
+    rows = json.loads((workdir / "results.json").read_text())
+    ((tested,),) = runs.tested(
+        runs.joined_rows([dataclasses.replace(runs.read_run(workdir), rows=[
+            {**r, "untrained_classes": ["mass"]} for r in rows
+        ])])
+    )  # fmt: skip
+    for each in tested.resampled.values():
+        for one in each:
+            assert np.isnan(one.values["auc/mass"])
+            assert one.values["auc_macro"] == one.values["auc/<b>nodule</b>"]
+
+
 def test_p_values_are_adjusted_for_all_pairs_of_a_metric(workdir):
     rows = json.loads((workdir / "results.json").read_text())
     third = [{**r, "stage": "again"} for r in rows if r["stage"] == "simclr"]
@@ -171,7 +260,7 @@ def test_p_values_are_adjusted_for_all_pairs_of_a_metric(workdir):
     assert found[2].found.value == 0 and found[2].p == 1 and found[0].p_holm > found[0].p
 
 
-@pytest.mark.parametrize("damage", ["missing", "torn", "other images"])
+@pytest.mark.parametrize("damage", ["missing", "torn", "other images", "NaN", "no scores"])
 def test_report_without_usable_predictions_leaves_differences_out(workdir, damage):
     path = sorted((workdir / "predictions").iterdir())[-1]
     if damage == "missing":
@@ -181,7 +270,13 @@ def test_report_without_usable_predictions_leaves_differences_out(workdir, damag
     else:
         with np.load(path) as file:
             arrays = dict(file)
-        write_npz(path, **{**arrays, "image_ids": arrays["image_ids"][::-1]})
+        if damage == "no scores":
+            del arrays["scores"]
+        elif damage == "NaN":
+            arrays["scores"][3, 1] = np.nan
+        else:
+            arrays["image_ids"] = arrays["image_ids"][::-1]
+        write_npz(path, **arrays)
     words = "".join(Checker(report.write_report(workdir).read_text()).words)
     assert "simclr - untrained" not in words and "auc_macro" in words
 

@@ -7,6 +7,7 @@ last part.
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ from bigmed.report import (
     runs,
     table,
     training,
+)
+
+# an absolute path, after anything that may stand before one: '=', a quote, a bracket, 'file://'
+FOLDERS = re.compile(
+    r"(?:file://)?(?<![\w.}/)<>])(?:/|~[\w.-]*/|[A-Za-z]:\\|\\\\)[^\s'\",;)\]}]*[^\s'\",;)\]}/]/?"
 )
 
 
@@ -105,10 +111,12 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
-    if isinstance(value, str):
-        key, equals, path = value.partition("=")
-        if equals and key.startswith("--"):
-            return f"{key}={without_folders(path)}"
-        if value.startswith(("/", "~", "\\\\")) or value[1:3] == ":\\":
-            return ".../" + value.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return value
+    if not isinstance(value, str):
+        return value
+    if re.match(r"/|~|[A-Za-z]:\\|\\\\", value):  # with spaces and all
+        return _last_part(value)
+    return FOLDERS.sub(lambda found: _last_part(found[0]), value)
+
+
+def _last_part(path: str) -> str:
+    return ".../" + path.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -1,6 +1,5 @@
 """The pictures of a report, from what `bigmed.pictures` left in the workdir."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +19,9 @@ ABOUT = {
 
 def section(run: runs.Run) -> str:
     """All pictures by kind, those of each stage folded but the last; '' of none."""
-    found = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((run.workdir / "pictures").glob("*.json"))
-    ]
     parts = []
     for kind, said in ABOUT.items():
-        of_kind = [about for about in found if about["kind"] == kind]
+        of_kind = [about for about in run.pictures if about.get("kind") == kind]
         if not of_kind:
             continue
         parts.append(page.soft(said))

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from bigmed import comparison, statistics
+from bigmed.errors import UserError
 from bigmed.report import curves, page, runs, svg, table
 
 CHANCE = {"auc_macro": 0.5}
 # Drawn as forest plots; the other metrics are in the tables alone.
 DRAWN = ("auc_macro", "ap_macro", "accuracy", "balanced_accuracy", "precision@5", "precision@10")
 COMPARED = ("auc_macro", "ap_macro", "accuracy", "balanced_accuracy")
+PERMUTATIONS = 10_000
 OPEN_LINES = 9  # a longer table of differences is folded away
 
 
@@ -26,7 +28,9 @@ class Difference:
       metric: of both.
       found: the difference, its interval over test patients.
       seeds: the same over several training seeds; None of one.
-      p, p_holm: two-sided, of the bootstrap over patients; adjusted for all pairs of stages.
+      p, p_holm: two-sided, of the bootstrap over patients; adjusted for all pairs of stages. None
+        where there is no interval.
+      p_permutation: of accuracies, `comparison.permutation_test`; else None.
     """
 
     after: str
@@ -36,6 +40,7 @@ class Difference:
     seeds: comparison.OverSeeds | None
     p: float | None
     p_holm: float | None
+    p_permutation: float | None
 
 
 def section(groups: Sequence[Sequence[runs.Tested]]) -> str:
@@ -63,6 +68,7 @@ def _block(tested: runs.Tested) -> str:
         _metrics_table(block, metrics),
         *(_forest(block, metric) for metric in metrics if metric in DRAWN),
         _differences_table(differences(tested)),
+        delong_table(tested) if len(tested.predictions) > 1 else "",
         curves.section(block.task, tested.predictions),
     ]
     details = [metric for metric in block.cells if "/" in metric]
@@ -146,19 +152,19 @@ def differences(tested: runs.Tested) -> list[Difference]:
                 - np.array([getattr(r, part)[metric] for r in resampled[before]])
                 for part in ("values", "samples")
             )  # [S], [S, R]
-            p = comparison.bootstrap_p(samples.mean(axis=0))
+            whole = samples.mean(axis=0)
             patients = resampled[after][0].patients
-            mean = statistics.Resampled(
-                {metric: float(values.mean())}, {metric: samples.mean(axis=0)}, patients
-            )
-            over = None
-            if len(seeds) > 1 and np.isfinite(values).all():
-                by_seed = [(values[own].mean(), samples[own].mean(axis=0)) for own in seeds]
-                over = comparison.over_seeds(
-                    [value for value, _ in by_seed], np.stack([s for _, s in by_seed])
-                )
-            found = mean.estimates()[metric]
-            of_metric.append(Difference(after, before, metric, found, over, p, None))
+            mean = statistics.Resampled({metric: float(values.mean())}, {metric: whole}, patients)
+            found, over, p = mean.estimates()[metric], None, None
+            if found.low is not None:
+                p = comparison.bootstrap_p(whole)
+                if len(seeds) > 1 and np.isfinite(values).all():
+                    by_seed = [(values[own].mean(), samples[own].mean(axis=0)) for own in seeds]
+                    over = comparison.over_seeds(
+                        [value for value, _ in by_seed], np.stack([s for _, s in by_seed])
+                    )
+            exchanged = _permutation_p(tested, after, before) if metric == "accuracy" else None
+            of_metric.append(Difference(after, before, metric, found, over, p, None, exchanged))
         adjusted = comparison.holm([d.p for d in of_metric])
         made += [
             dataclasses.replace(d, p_holm=p) for d, p in zip(of_metric, adjusted, strict=True)
@@ -166,27 +172,85 @@ def differences(tested: runs.Tested) -> list[Difference]:
     return made
 
 
+def _permutation_p(tested: runs.Tested, after: str, before: str) -> float:
+    """Whether the answers of two stages, right on average over the repeats, can be exchanged."""
+    right = {}
+    for stage in (after, before):
+        answers = [one["scores"].argmax(axis=1) for one in tested.predictions[stage]]
+        actual = tested.predictions[stage][0]["labels"].argmax(axis=1)
+        right[stage] = np.mean([answer == actual for answer in answers], axis=0)
+    patients = tested.predictions[after][0]["patients"]
+    return comparison.permutation_test(
+        right[after], right[before], patients, num_permutations=PERMUTATIONS
+    )
+
+
+def delong_table(tested: runs.Tested) -> str:
+    """The AUC of each class, stage against stage by DeLong's test; '' of one stage.
+
+    The AUC of a stage is the mean over its repeats.
+    """
+    stages, names = list(tested.predictions), []
+    contrasts = []
+    for c, name in enumerate(tested.class_names):
+        each = [one["scores"][:, c] for s in stages for one in tested.predictions[s]]
+        first = tested.predictions[stages[0]][0]
+        try:
+            found = comparison.delong(each, first["labels"][:, c], first["patients"])
+        except UserError:  # too few patients
+            continue
+        repeats = len(tested.repeats)
+        for before, after in itertools.combinations(range(len(stages)), 2):
+            weights = np.zeros(len(each))
+            weights[after * repeats : (after + 1) * repeats] = 1 / repeats
+            weights[before * repeats : (before + 1) * repeats] = -1 / repeats
+            names.append((name, f"{stages[after]} - {stages[before]}"))
+            contrasts.append(found.contrast(weights))
+    if not contrasts:
+        return ""
+    lines = [
+        [page.escape(name), page.escape(pair), f"{one.value:+.3f}{_interval(one)}", *map(_p, ps)]
+        for (name, pair), one, *ps in zip(
+            names, contrasts, [c.p for c in contrasts], comparison.holm([c.p for c in contrasts]),
+            strict=True,
+        )
+    ]  # fmt: skip
+    head = ["class", "stages", "difference of AUCs", "p", "p (Holm)"]
+    note = page.soft("DeLong's test, clustered by patient; adjusted for all classes and pairs.")
+    return page.folded("AUC of each class, by DeLong", note + page.table(head, lines))
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _differences_table(found: Sequence[Difference]) -> str:
     if not found:
         return ""
     several = any(d.seeds is not None for d in found)
+    permuted = any(d.p_permutation is not None for d in found)
     note = (
         "Differences between stages, paired by patient; the interval covers the choice of test "
         "patients. p: two-sided, of the same bootstrap; then adjusted by Holm for all pairs of "
         "stages."
     )
+    if permuted:
+        note += (
+            " p (permutation): of accuracies, with the two stages' answers exchanged by patient."
+        )
     if several:
         note += (
             " The last columns tell what other training seeds would do: the standard deviation "
             "over the seeds, and an interval over both patients and seeds."
         )
     head = ["stages", "metric", "difference", "p", "p (Holm)"]
+    head += ["p (permutation)"] if permuted else []
     head += ["seeds' sd", "over patients and seeds"] if several else []
     lines = [
         [
             page.escape(f"{d.after} - {d.before}"),
             page.escape(d.metric),
-            *_cells(d, several),
+            *_cells(d, permuted, several),
         ]
         for d in found
     ]
@@ -194,11 +258,12 @@ def _differences_table(found: Sequence[Difference]) -> str:
     return made if len(lines) <= OPEN_LINES else page.folded("Differences between stages", made)
 
 
-def _cells(d: Difference, several: bool) -> Iterator[str]:
+def _cells(d: Difference, permuted: bool, several: bool) -> Iterator[str]:
     value = d.found.value
     yield f"{value:+.3f}{_interval(d.found)}" if np.isfinite(value) else table.UNDEFINED
-    for p in (d.p, d.p_holm):
-        yield "-" if p is None else f"{p:.3f}"
+    yield from map(_p, (d.p, d.p_holm))
+    if permuted:
+        yield _p(d.p_permutation)
     if several:
         yield "-" if d.seeds is None else f"{d.seeds.seed_sd:.3f}"
         yield "-" if d.seeds is None else _interval(d.seeds).strip()

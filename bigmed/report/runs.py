@@ -19,6 +19,12 @@ from bigmed.report import table
 
 log = logging.getLogger("bigmed")
 
+# of a row of results
+NEEDED = (
+    *table.COMMON,
+    *("stage", "seed", "metric", "value", "ci_low", "ci_high"),
+    *("n_images", "n_patients", "split_sha256"),
+)
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 Predictions = Mapping[str, np.ndarray]  # see `evaluators.predictions.write`
 
@@ -33,6 +39,7 @@ class Run:
       stages: those of curriculum.json.
       rows: results.json.
       data: data.json.
+      pictures: what the files pictures/*.json tell.
     """
 
     workdir: pathlib.Path
@@ -40,6 +47,7 @@ class Run:
     stages: Sequence[Mapping[str, Any]]
     rows: Sequence[Mapping[str, Any]]
     data: Sequence[Mapping[str, Any]]
+    pictures: Sequence[Mapping[str, Any]]
 
     @property
     def name(self) -> str:
@@ -59,22 +67,37 @@ def read_run(workdir: str | os.PathLike) -> Run:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"no folder {workdir}; give the --workdir of a run")
+    rows = _read_json(workdir / "results.json", [])
+    for number, row in enumerate(rows):
+        missing = [key for key in NEEDED if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise UserError(
+                f"{workdir / 'results.json'}: row {number} has no {missing[0]}; it is written by a "
+                "run"
+            )
     return Run(
         workdir=workdir,
         config=_read_json(workdir / "config.json", {}),
         stages=_read_json(workdir / "curriculum.json", {}).get("stages", []),
-        rows=_read_json(workdir / "results.json", []),
+        rows=rows,
         data=_read_json(workdir / "data.json", []),
+        pictures=[
+            _read_json(path, {}) for path in sorted((workdir / "pictures").glob("*.json"))
+        ],
     )
 
 
 def _read_json(path: pathlib.Path, default: Any) -> Any:
+    """What the file holds, of the type of `default`, which stands for a missing file."""
     if not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, type(default)):
+            raise ValueError(f"it holds {found!r:.20}")
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); it is written by a run") from error
+        raise UserError(f"{path} is no JSON of a run ({error})") from error
+    return found
 
 
 def joined_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -110,10 +133,12 @@ class Tested:
     def __init__(self, block: table.Block):
         self.block = block
         self._files: dict[str, dict[tuple, str]] = {stage: {} for stage in block.stages}
+        self._untrained: dict[tuple, Sequence[str]] = {}
         for row in block.rows:
             if row.get("predictions"):
                 key = (row["seed"], row.get("subset_seed"), row.get("run", 0))
                 self._files[row["stage"]][key] = row["predictions"]
+                self._untrained[row["stage"], key] = row.get("untrained_classes", ())
         shared = set.intersection(*(set(of_stage) for of_stage in self._files.values()))
         # (training seed, draw of labels, run) of what all stages have
         self.repeats = sorted(shared, key=lambda k: tuple(-1 if p is None else p for p in k))
@@ -135,6 +160,12 @@ class Tested:
             log.warning("report: predictions left out, as they cannot be read (%s)", error)
         return {}
 
+    @property
+    def class_names(self) -> list[str]:
+        """Of the predictions."""
+        first = next(iter(self.predictions.values()))[0]
+        return [str(name) for name in first["class_names"]]
+
     @functools.cached_property
     def resampled(self) -> dict[str, list[statistics.Resampled]]:
         """The metrics of each stage and repeat, on the same resamples of the test patients."""
@@ -144,10 +175,11 @@ class Tested:
                     [one["scores"]],
                     one["labels"],
                     _first_seen(one["patients"]),
-                    [str(name) for name in one["class_names"]],
+                    self.class_names,
                     self.block.task,
+                    untrained=self._untrained[stage, key],
                 )
-                for one in each
+                for key, one in zip(self.repeats, each, strict=True)
             ]
             for stage, each in self.predictions.items()
         }
@@ -167,7 +199,15 @@ def tested(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Tested, ...]]:
 
 def _load(path: str) -> Predictions:
     with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+        loaded = dict(file)
+    shapes = {loaded[key].shape[:1] for key in ("scores", "labels", "patients", "image_ids")}
+    if len(shapes) > 1 or loaded["scores"].shape != loaded["labels"].shape:
+        raise ValueError(f"{pathlib.Path(path).name}: arrays of different lengths")
+    if len(loaded["class_names"]) != loaded["scores"].shape[1]:
+        raise ValueError(f"{pathlib.Path(path).name}: scores are not of its classes")
+    if not np.isfinite(loaded["scores"]).all():
+        raise ValueError(f"{pathlib.Path(path).name}: scores that are not finite")
+    return loaded
 
 
 def _same_test_set(a: Predictions, b: Predictions) -> bool:
