@@ -133,6 +133,8 @@ def check_held_out(
       UserError: patients are shared; says how many and with what, never who.
     """
     settings = fill_places(config.evaluator[name], config.data_root, workdir)
+    if settings.get("checkpoints"):
+        seen = lineage.with_checkpoints(seen, settings.checkpoints)
     found: dict[str, None] = {}
     unknown = dict.fromkeys(seen.unknown)
     for key, about in _held_out(name, settings).items() if seen.sights else ():

@@ -5,10 +5,11 @@ again. No patient that a model is tested on may be among them; see `evaluation.c
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -105,8 +106,25 @@ def trace(config: ConfigDict, name: str, stage: train.Stage, workdir: pathlib.Pa
     """
     own = _own_data(stage)
     opened = {_key(about): source for _, about, source in own}
+    found = _seen(_of_stage(_Run(config, workdir, stage.config.seed), name), opened)
+    for reason in found.unknown:
+        log.warning("%s: leakage cannot be checked in full: %s", stage.label, reason)
+    return found
+
+
+def with_checkpoints(seen: Lineage, folders: Sequence[str]) -> Lineage:
+    """A lineage, and what checkpoints that an evaluator takes beside the stage's own have seen."""
+    paths = [pathlib.Path(folder).expanduser().absolute() for folder in folders]
+    told = itertools.chain.from_iterable(_of_other_run(path, frozenset()) for path in paths)
+    found = _seen(told, {})
+    unknown = dict.fromkeys((*seen.unknown, *found.unknown))
+    return Lineage((*seen.sights, *found.sights), tuple(unknown))
+
+
+def _seen(tellings: Iterable[_Told | str], opened: dict[str, Source]) -> Lineage:
+    """What configs tell, with the data opened; `opened` has those that are, by `_key`."""
     sights, unknown = [], {}
-    for told in _of_stage(_Run(config, workdir, stage.config.seed), name):
+    for told in tellings:
         reason, source = told, None
         if isinstance(told, _Told):
             source, reason = _open(told, opened)
@@ -114,8 +132,6 @@ def trace(config: ConfigDict, name: str, stage: train.Stage, workdir: pathlib.Pa
             sights.append(Sight(told.where, told.objective, told.trained, source))
         if reason:
             unknown[reason] = None
-    for reason in unknown:
-        log.warning("%s: leakage cannot be checked in full: %s", stage.label, reason)
     return Lineage(tuple(sights), tuple(unknown))
 
 

@@ -11,6 +11,8 @@ trains nothing and compares weights that another run made instead (the model mus
         --config.data_root=FOLDER \\
         --config.stage.given.init_from.checkpoints=RUN/01_simclr/checkpoints
 
+Fine-tuning at every fraction is slow, and asked for by
+`--config.evaluate="('linear','knn','finetune')"`; its grid is `config.evaluator.finetune`.
 Other fractions (`--config.sweep.fractions='(0.1,1.0)'`) in the same DIR compute what is missing.
 Hours: configs/simclr.py's, and for `:given` 0.1 on any hardware. Expected metric: depends on the
 images; the curves rise, and the trained network's lies above the untrained one's. `:smoke` runs it
@@ -34,9 +36,11 @@ def get_config(arg: str = ""):
     else:
         config.stages = ("untrained", "simclr")
         config.stage.simclr = common.stage(epochs=100.0)
-    common.set_evaluators(config, "{data_root}/dataset")
+    folder = "{data_root}/dataset"
+    common.set_evaluators(config, folder)
     config.sweep.update(fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), seeds=(0, 1, 2, 3, 4))
     if arg == "smoke":
         config.sweep.update(fractions=(0.25, 0.5, 1.0), seeds=(0, 1))
-        return common.smoke(config)
+        config, folder = common.smoke(config), "{workdir}/data/phantom"
+    config.evaluator.finetune = common.finetune(folder, epochs=30.0, patience=10)
     return config

@@ -95,6 +95,21 @@ def test_weights_of_a_run_that_saw_the_test_patients_are_refused(on_test, tmp_pa
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
+def test_checkpoints_that_an_evaluator_averages_with_are_followed_too(on_test, tmp_path):
+    config = tiny()
+    stage = built(config, tmp_path, "simclr")
+    seen = lineage.trace(config, "simclr", stage, tmp_path)
+    both = lineage.with_checkpoints(seen, [str(on_test / "00_simclr" / "checkpoints")])
+    assert {sight.where for sight in both.sights} == {"simclr", "HOSPITAL/simclr"}
+    assert len(seen.sights) == 1
+    alone = lineage.with_checkpoints(seen, [str(tmp_path)])
+    assert "says what it saw" in alone.unknown[0]
+    with config.unlocked():
+        config.evaluator.knn.checkpoints = (str(on_test / "00_simclr" / "checkpoints"),)
+    with pytest.raises(UserError, match="test' shares .* patients with .*HOSPITAL/simclr"):
+        evaluation.check_held_out("knn", config, stage, seen, tmp_path)
+
+
 def test_what_a_run_saw_is_noted_as_a_hash_of_the_whole_set(on_test):
     (stage,) = json.loads((on_test / "curriculum.json").read_text())["stages"]
     source = sources.open_source({"dir": str(on_test / "data/phantom"), "split": "test"})

@@ -53,7 +53,7 @@ class Evaluator(Scored):
       checkpoints: further weights of the same network: folders of checkpoints, of which the newest
         is taken, or single steps in them. Of all of them (the stage's own, too; equal ones count
         once) the mean of their metrics, and the metrics of their mean probabilities, are given
-        beside those of the stage. What they were trained on is not checked against the test set.
+        beside those of the stage.
       canvas, channels, preprocessing, cache_dir, batch_size: as in `probe.Probe`.
       **scored: see `Scored`; `average` may be 'scores'.
 

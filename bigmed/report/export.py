@@ -64,7 +64,7 @@ def _tabular(caption: str, head: Sequence[str], lines: Sequence[Sequence[Any]]) 
     ]
     return "\n".join(
         [
-            f"% {caption}",
+            f"% {' '.join(caption.split())}",
             rf"\begin{{tabular}}{{l{'l' * (len(head) - 1)}}}",
             r"\toprule",
             " & ".join(map(_latex, head)) + r" \\",
