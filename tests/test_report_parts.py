@@ -199,21 +199,28 @@ def test_latex_tables_are_balanced_and_escaped(workdir, sweep):
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def test_a_browser_shows_the_report_without_a_complaint(workdir, tmp_path):
+def test_a_browser_shows_the_report_without_a_complaint(workdir, sweep, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser found; any of {', '.join(BROWSERS)} will do")
-    page, shot = html.write_report(workdir), tmp_path / "shot.png"
+    (sweep / "pictures").mkdir()
+    red = np.full((120, 400, 3), (40, 30, 200), np.uint8)  # BGR
+    cv2.imwrite(str(sweep / "pictures" / "a.jpg"), red)
+    about = {"kind": "neighbours", "stage": "00_simclr", "title": "t", "file": "a.jpg"}
+    (sweep / "pictures" / "a.json").write_text(json.dumps(about))
+    page, shot = html.write_report([sweep, workdir], tmp_path / "both"), tmp_path / "shot.png"
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
         "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1000,1600", f"--screenshot={shot}", page.as_uri(),
+        "--window-size=1000,9000", f"--screenshot={shot}", page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     picture = cv2.imread(str(shot))
-    assert picture.shape == (1600, 1000, 3)
+    assert picture.shape == (9000, 1000, 3)
     inked = (np.abs(picture.astype(int) - picture[0, 0]).max(axis=2) > 40).mean()
     assert 0.01 < inked < 0.5  # neither empty nor one block
     blue = np.abs(picture.astype(int) - np.array([0xB8, 0x6B, 0x0B])).max(axis=2) < 12
     assert blue.sum() > 100  # the dots and curves of the second stage are drawn
+    shown = np.abs(picture.astype(int) - red[0, 0]).max(axis=2) < 12
+    assert shown.sum() > 0.9 * red[..., 0].size  # the picture, too

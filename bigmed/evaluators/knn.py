@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from bigmed import statistics
@@ -65,13 +66,32 @@ class Evaluator(Probe):
         queries: np.ndarray,
     ) -> np.ndarray:
         """Shares of votes [G, M, L]."""
-        ks, prior = [setting["k"] for setting in settings], prevalence(targets)
-        scores = np.empty((len(ks), len(queries), targets.shape[1]))
-        for start in range(0, len(queries), QUERIES):
-            part = slice(start, start + QUERIES)
-            similarities, indices = nearest(x, queries[part], max(ks), self._mesh)
-            scores[:, part] = votes(similarities, targets[indices], ks, prior, self._temperature)
-        return scores
+        ks = [setting["k"] for setting in settings]
+        return shares(x, targets, queries, ks, self._temperature, self._mesh)
+
+
+def shares(
+    x: np.ndarray,
+    targets: np.ndarray,
+    queries: np.ndarray,
+    ks: Sequence[int],
+    temperature: float | None,
+    mesh: jax.sharding.Mesh,
+) -> np.ndarray:
+    """Shares of votes float64 [G, M, L] of queries [M, D], from x [N, D] and targets [N, L].
+
+    Memory beyond these is about that of x on the devices, and linear in N and M.
+
+    Args:
+      ks, temperature: see `votes`.
+    """
+    prior = prevalence(targets)
+    found = np.empty((len(ks), len(queries), targets.shape[1]))
+    for start in range(0, len(queries), QUERIES):
+        part = slice(start, start + QUERIES)
+        similarities, indices = nearest(x, queries[part], max(ks), mesh)
+        found[:, part] = votes(similarities, targets[indices], ks, prior, temperature)
+    return found
 
 
 def prevalence(targets: np.ndarray) -> np.ndarray:
