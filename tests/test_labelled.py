@@ -327,6 +327,13 @@ def test_thresholds_come_from_validation_and_details_can_be_left_out(toy, mesh, 
     assert kinds == {"auc_macro", "ap_macro", "auc", "ap"}
 
 
+def test_a_site_without_a_source_is_refused(toy, mesh):
+    toy()
+    for wrong in ({"dir": "x"}, "x", None):
+        with pytest.raises(UserError, match="shift.there has no source"):
+            linear.Evaluator(pixels, mesh, **settings(shift={"there": wrong}))
+
+
 def test_delongs_interval_of_single_classes(toy, mesh, tmp_path):
     sources = toy()
     more = {"l2_grid": (L2,), "predictions_dir": tmp_path, "interval": "delong"}

@@ -78,7 +78,7 @@ class Scored:
                 f"num_resamples={num_resamples}, seed={seed}: valid: 1 and more, 0 and more"
             )
         for name, other in (shift or {}).items():
-            if not isinstance(other, Mapping) or "source" not in other:
+            if not hasattr(other, "keys") or "source" not in other:
                 raise UserError(f"shift.{name} has no source; valid: source, label_map")
         if average and average not in self.AVERAGES:
             raise UserError(f"average='{average}': {did_you_mean(average, self.AVERAGES)}")
