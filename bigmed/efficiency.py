@@ -107,7 +107,7 @@ def crossing(
         saving=float(1 - found / counts[-1]) if reached else None,
         low=low,
         high=high,
-        at_most=reached and found == counts[0],
+        at_most=bool(reached and found == counts[0]),
         reached=float(np.isfinite(resampled).mean()),
         repeats=repeats,
     )
