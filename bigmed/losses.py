@@ -58,8 +58,8 @@ def ntxent(
         the sum of the two directional means, which is twice that.
       groups: optional [N] integers; items of one group other than the pair itself are no negatives
         of each other (several cases of one patient).
-      tile: rows and columns of a tile, or the largest number below it that divides the rows of a
-        device; 0: the whole matrix at once; None: as its size suggests.
+      tile: rows and columns of a tile, at most; 0: the whole matrix at once; None: as its size
+        suggests.
 
     Returns:
       `Contrast`; accuracy and entropy look at the a -> b block alone (N candidates), as the
@@ -203,8 +203,8 @@ def _plan(
 ) -> tiled.Plan | None:
     """How to compute N x N pairs in tiles; None to compute them at once.
 
-    Rows that do not divide over the mesh, or into tiles of at least an eighth of what was asked
-    for, are computed at once too.
+    Tiles are as equal as can be: the rows of a device are padded by less than one for each tile.
+    Rows that do not divide over the mesh, as no batch in training, are computed at once.
     """
     if tile is not None and tile < 0:
         raise ValueError(f"tile={tile} is negative")
@@ -213,10 +213,10 @@ def _plan(
     rows, rest = divmod(n, shards)
     if tile is None:
         tile = TILE if rows * n >= TILED_FROM else 0
-    fitting = [t for t in range(1, min(tile, rows) + 1) if rows % t == 0]
-    if rest or not fitting or fitting[-1] < min(tile, rows) / 8:
+    if rest or not tile:
         return None
-    return tiled.Plan(fitting[-1], duplicates, mesh if shards > 1 else None, normalise)
+    tile = math.ceil(rows / math.ceil(rows / tile))
+    return tiled.Plan(tile, duplicates, mesh if shards > 1 else None, normalise)
 
 
 def _pairs(v: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:

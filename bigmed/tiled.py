@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bigmed.tiles import Items, fresh, items, on_mesh, sweep
+from bigmed.tiles import Items, Place, absent, fresh, items, on_mesh, sweep
 
 HIGHEST = lax.Precision.HIGHEST
 NORM_EPS = 1e-12
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     """How pairs are related, and where they are computed; hashable.
 
     Attributes:
-      tile: rows and columns of a tile; divides the rows of a device.
+      tile: rows and columns of a tile.
       duplicates: what equal ids make of two different rows: 'none', 'mask' or 'multi', see
         `bigmed.losses.infonce`.
       mesh: the mesh over whose `BATCH_AXES` the rows are split, or None.
@@ -102,10 +102,11 @@ def _add(sums: Sums, logits: jax.Array, own: jax.Array, positive: jax.Array, axi
 
 def _relations(row: Items, col: Items, duplicates: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[t, t] booleans of a tile: own pair, positive, left out."""
-    own = row.index[:, None] == col.index[None, :]
-    equal = row.ids[:, None] == col.ids[None, :]
+    missing = absent(row, col)
+    own = (row.index[:, None] == col.index[None, :]) & ~missing
+    equal = (row.ids[:, None] == col.ids[None, :]) & ~missing
     positive = own | equal if duplicates == "multi" else own
-    left_out = equal & ~own if duplicates == "mask" else jnp.zeros_like(own)
+    left_out = missing | (equal & ~own) if duplicates == "mask" else missing
     return own, positive, left_out
 
 
@@ -135,7 +136,7 @@ def _sums_of_pairs(
 ) -> tuple[Sums, Sums]:
     """The sums of all rows and columns of scale <v_i, u_j>."""
 
-    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> tuple[Sums, Sums]:
+    def local(place: Place, arrays: Any, scalars: Any) -> tuple[Sums, Sums]:
         v, u, ids, *factors = arrays
         (scale,) = scalars
 
@@ -144,12 +145,12 @@ def _sums_of_pairs(
             logits = jnp.where(left_out, NEVER, scale * _dots(row, col))
             return _add(of_row, logits, own, positive, 1), _add(of_col, logits, own, positive, 0)
 
-        row, col = items(v, factors[0], ids[0], axes), items(u, factors[1], ids[1], axes)
-        states = fresh((_no_sums(len(v)), _no_sums(len(u))), axes)
-        return sweep(visit, row, col, *states, plan.tile, axes, shards)
+        row, col = items(v, factors[0], ids[0], place), items(u, factors[1], ids[1], place)
+        states = fresh((_no_sums(len(v)), _no_sums(len(u))), place)
+        return sweep(visit, row, col, *states, place)
 
     factors = _factor(v, plan), _factor(u, plan)
-    return on_mesh(local, plan.mesh, v, u, ids, *factors, scalars=(scale,))
+    return on_mesh(local, plan, v, u, ids, *factors, scalars=(scale,))
 
 
 class Side(NamedTuple):
@@ -170,7 +171,7 @@ def _gradients_of_pairs(
     cover other logits than these. The gradients are by the normalised vectors times the scale.
     """
 
-    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
+    def local(place: Place, arrays: Any, scalars: Any) -> Any:
         v, u, ids, of_row, of_col, *factors = arrays
         (scale,) = scalars
 
@@ -186,15 +187,15 @@ def _gradients_of_pairs(
             )
             return _accumulate(g, dots, row, col, dv, dscale, du)
 
-        row, col = items(v, factors[0], ids[0], axes), items(u, factors[1], ids[1], axes)
-        states = fresh(((jnp.zeros(v.shape), jnp.zeros(len(v))), jnp.zeros(u.shape)), axes)
+        row, col = items(v, factors[0], ids[0], place), items(u, factors[1], ids[1], place)
+        states = fresh(((jnp.zeros(v.shape), jnp.zeros(len(v))), jnp.zeros(u.shape)), place)
         (dv, dscale), du = sweep(
-            visit, (row, of_row), (col, of_col), *states, plan.tile, axes, shards
+            visit, (row, of_row), (col, of_col), *states, place
         )
         return dv, du, dscale
 
     factors = _factor(v, plan), _factor(u, plan)
-    return on_mesh(local, plan.mesh, v, u, ids, of_row, of_col, *factors, scalars=(scale,))
+    return on_mesh(local, plan, v, u, ids, of_row, of_col, *factors, scalars=(scale,))
 
 
 def _accumulate(
@@ -252,7 +253,7 @@ def _sigmoid_sweep(
     """What `sigmoid` returns, and, if `sloped`, its gradients by all of v, u, scale and bias."""
     n = len(v)
 
-    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> Any:
+    def local(place: Place, arrays: Any, scalars: Any) -> Any:
         v, u, ids, *factors = arrays
         scale, bias = scalars
 
@@ -270,14 +271,14 @@ def _sigmoid_sweep(
             sums = _add(sums, logits, own, positive, 1)
             return (sums, row_terms + terms.sum(1), of_row), (col_terms + terms.sum(0), du)
 
-        row, col = items(v, factors[0], ids[0], axes), items(u, factors[1], ids[1], axes)
+        row, col = items(v, factors[0], ids[0], place), items(u, factors[1], ids[1], place)
         zero = jnp.zeros(len(v))
         slopes = ((jnp.zeros(v.shape), zero, zero), jnp.zeros(u.shape)) if sloped else ((), ())
-        states = fresh(((_no_sums(len(v)), zero, slopes[0]), (zero, slopes[1])), axes)
-        return sweep(visit, row, col, *states, plan.tile, axes, shards)
+        states = fresh(((_no_sums(len(v)), zero, slopes[0]), (zero, slopes[1])), place)
+        return sweep(visit, row, col, *states, place)
 
     arrays = v, u, ids, _factor(v, plan), _factor(u, plan)
-    found = on_mesh(local, plan.mesh, *arrays, scalars=(scale, bias))
+    found = on_mesh(local, plan, *arrays, scalars=(scale, bias))
     (sums, of_rows, slopes), (of_columns, du) = found
     found = jnp.mean(of_rows), of_rows, of_columns, jnp.mean(sums.right), jnp.mean(sums.entropy)
     if not sloped:
@@ -341,7 +342,7 @@ def _after(x: jax.Array, done: jax.Array) -> jax.Array:
 
 def _within(row: Items, col: Items, scale: Any, plan: Plan) -> jax.Array:
     """Logits of one view's items with each other, without an item's own and its group's."""
-    left_out = row.index[:, None] == col.index[None, :]
+    left_out = (row.index[:, None] == col.index[None, :]) | absent(row, col)
     if plan.duplicates == "mask":
         left_out |= row.ids[:, None] == col.ids[None, :]
     return jnp.where(left_out, NEVER, scale * _dots(row, col))
@@ -352,7 +353,7 @@ def _log_sums_within(
 ) -> jax.Array:
     """[N], of each item's logits in `_within`, made after `done` [N]."""
 
-    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> jax.Array:
+    def local(place: Place, arrays: Any, scalars: Any) -> jax.Array:
         x, later, groups, factor = arrays
 
         def visit(row: Items, col: Items, state: Any, _: Any) -> tuple[Any, tuple]:
@@ -361,13 +362,13 @@ def _log_sums_within(
             added = jnp.exp(logits - highest[:, None]).sum(1)
             return (highest, state[1] * jnp.exp(state[0] - highest) + added), ()
 
-        row, col = items(x, factor, groups, axes), items(later, factor, groups, axes)
-        start = fresh((jnp.full(len(x), NEVER), jnp.zeros(len(x))), axes)
-        (highest, total), _ = sweep(visit, row, col, start, (), plan.tile, axes, shards)
+        row, col = items(x, factor, groups, place), items(later, factor, groups, place)
+        start = fresh((jnp.full(len(x), NEVER), jnp.zeros(len(x))), place)
+        (highest, total), _ = sweep(visit, row, col, start, (), place)
         return highest + jnp.log(total)
 
     arrays = x, _after(x, done), groups, _factor(x, plan)
-    return on_mesh(local, plan.mesh, *arrays, scalars=(scale,))
+    return on_mesh(local, plan, *arrays, scalars=(scale,))
 
 
 def _gradient_within(
@@ -379,7 +380,7 @@ def _gradient_within(
     The logits of `_within` are symmetric, so both are sums over a row.
     """
 
-    def local(axes: Any, shards: int, arrays: Any, scalars: Any) -> jax.Array:
+    def local(place: Place, arrays: Any, scalars: Any) -> jax.Array:
         x, later, groups, side, dx, factor = arrays
 
         def visit(row: Any, col: Any, dx: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
@@ -389,9 +390,9 @@ def _gradient_within(
             g = g + of_col.gradient[None, :] * jnp.exp(logits - of_col.log_sum[None, :])
             return dx + jnp.einsum("ij,jd->id", g, col.vectors, precision=HIGHEST), ()  # IJ,JD->ID
 
-        row = items(x, factor, groups, axes), side
-        col = items(later, factor, groups, axes), side
-        return sweep(visit, row, col, dx, (), plan.tile, axes, shards)[0]
+        row = items(x, factor, groups, place), side
+        col = items(later, factor, groups, place), side
+        return sweep(visit, row, col, dx, (), place)[0]
 
     arrays = x, _after(x, done), groups, side, dx, _factor(x, plan)
-    return on_mesh(local, plan.mesh, *arrays, scalars=(scale,))
+    return on_mesh(local, plan, *arrays, scalars=(scale,))

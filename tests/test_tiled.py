@@ -113,7 +113,8 @@ def test_the_numbers_are_those_of_float64_at_once_and_in_tiles_on_any_mesh(name)
     loss, gradients = oracle(name, data)
     of_sums = 4 * 2**-24 * max(2, loss)
     dense = run(name, data, tile=0)
-    places = ((8, None), (3, mesh_of(8, 1, 1)), (2, mesh_of(2, 2, 2)))
+    # also in tiles that do not divide the 24 or 3 rows of a device: of 5 and 2
+    places = ((8, None), (5, None), (2, mesh_of(8, 1, 1)), (3, mesh_of(2, 2, 2)))
     for got in (dense, *(run(name, data, *place) for place in places)):
         np.testing.assert_allclose(got[0], loss, rtol=1e-6)
         assert relative_difference(got[3], gradients) < 1e-6
@@ -192,15 +193,16 @@ def test_collapsed_embeddings_are_never_right():
         assert float(found.accuracy) == 0
 
 
-def test_the_size_decides_and_odd_sizes_are_computed_at_once():
-    mesh = mesh_of(8, 1, 1)
+def test_the_size_decides_and_any_number_of_rows_makes_tiles():
     assert losses._plan(1024, None, "none") is None
     assert losses._plan(4096, None, "none").tile == losses.TILE
-    assert losses._plan(4099, None, "none") is None  # a prime: no tile fits
-    with jax.set_mesh(mesh):
+    assert losses._plan(4099, None, "none").tile == 456  # a prime: 9 tiles with 5 rows of padding
+    assert losses._plan(4099, 0, "none") is None
+    with jax.set_mesh(mesh_of(8, 1, 1)):
         assert losses._plan(4096, None, "none") is None  # 512 rows a device
         plan = losses._plan(16384, None, "none")
         assert plan.tile == losses.TILE and plan.mesh is not None
+        assert losses._plan(8 * 2053, None, "none").tile == 411
         assert losses._plan(16384 + 4, 4, "none") is None  # not over 8 devices
 
 
@@ -222,6 +224,7 @@ def test_memory_is_small_and_linear_in_the_batch(name):
     small, large = peak_mib(name, 16384, 128), peak_mib(name, 65536, 128)
     assert large < 32 and large < 4.2 * small
     assert peak_mib(name, 65536, 512) < 72
+    assert peak_mib(name, 8 * 8209, 128) < 32  # a prime number of rows a device
     assert peak_mib(name, 4096, 128, tile=0) > peak_mib(name, 4096, 128, tile=128)
 
 
