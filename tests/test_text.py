@@ -145,6 +145,20 @@ def test_nothing_is_invented_and_what_is_dropped_is_counted():
     assert either.units == ("A note without any header.",)
 
 
+def test_either_is_all_of_a_report_without_headers_and_one_section_of_another():
+    def units(report, **overrides):
+        return text.corpus([report], policy(sections="either", **overrides)).units
+
+    note = "The lungs are clear.\n\nThe heart is large.\n \nNo pneumothorax is seen."
+    assert units(note) == (
+        "The lungs are clear.", "The heart is large.", "No pneumothorax is seen.",
+    )  # fmt: skip
+    whole = "The lungs are clear. The heart is large. No pneumothorax is seen."
+    assert units(note, unit="section") == (whole,)
+    assert units(MIMIC) == ("No acute process.",)
+    assert units("\n COMPARISON: None is there.\n\n" + whole, unit="section") == (whole,)
+
+
 def test_equal_texts_have_equal_ids_whatever_their_case_and_spacing():
     assert text.text_id("No effusion.") == text.text_id("  no EFFUSION") == -2064644081
     assert text.text_id("No effusion.") != text.text_id("No effusions.")

@@ -227,11 +227,13 @@ def _wanted(report: str, policy: TextPolicy) -> Iterator[str]:
     wanted = {
         "findings+impression": ("findings", "impression"),
         "impression": ("impression",),
-        "either": ("impression", "findings", LAST, FULL),
+        "either": tuple(named) if named.get(FULL) else ("impression", "findings", LAST),
         "all": tuple(named),
     }[policy.sections]
     texts = [named[name] for name in wanted if named.get(name)]
-    yield from texts[:1] if policy.sections == "either" else texts
+    if policy.sections == "either":
+        texts = ["\n\n".join(texts)] if named.get(FULL) else texts[:1]
+    yield from texts
 
 
 # ------------------------------------------------------------------------------------- sentences
