@@ -53,6 +53,11 @@ def test_the_sections_of_a_usual_report():
         # the next header is looked for from the next line break on
         ("\n FINDINGS:\n IMPRESSION: One.\n", {"findings": "IMPRESSION: One."}),
         ("\n IMPRESSION: One.\n IMPRESSION: Two.\n", {"impression": "Two."}),
+        # the last section is that of the last header, though its name came before
+        (
+            "\n HISTORY: Old.\n TECHNIQUE: AP.\n\n Not this.\n HISTORY: Cough.\n\n Clear.\n",
+            {"technique": "AP.\n\n Not this.", "history": "Cough.", "last paragraph": "Clear."},
+        ),
         (
             "\n CONCLUSION: One.\n PA AND LATERAL: Clear.\n",
             {"impression": "One.", "findings": "Clear."},

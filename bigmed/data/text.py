@@ -175,7 +175,11 @@ def sections(report: str, headers: str = "known") -> dict[str, str]:
     paragraph'.
     """
     found = list(_mimic(report) if headers == "mimic" else _known(report))
-    named = {name: text for name, text in found if text or name not in ("findings", "impression")}
+    named: dict[str, str] = {}
+    for name, text in found:
+        if text or name not in ("findings", "impression"):
+            named.pop(name, None)  # a repeated one stands where its last is
+            named[name] = text
     if named and not {"findings", "impression"} & named.keys():
         first, gap, rest = _cut(list(named.values())[-1])
         if gap and rest:
