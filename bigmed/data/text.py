@@ -264,30 +264,34 @@ def sentences(text: str) -> list[str]:
     A full stop ends one unless it belongs to a number, an abbreviation, initials or the number of a
     list item; or a small letter follows, in a text that has capitals at all.
     """
-    return [
-        sentence
-        for paragraph in unwrap(text)
-        for item in _items(paragraph)
-        for sentence in _split(item)
-        if _WORD.search(sentence)
-    ]
+    found, last = [], 0
+    for paragraph in unwrap(text):
+        items, last = _items(paragraph, last)
+        found += [s for item in items for s in _split(item) if _WORD.search(s)]
+    return found
 
 
-def _items(paragraph: str) -> list[str]:
+def _items(paragraph: str, last: int) -> tuple[list[str], int]:
     """A paragraph cut before each number of a list, '1. ... 2) ...', and those taken out.
 
-    A list is numbers from 1 on, two of them at least; one alone must begin a sentence.
+    A list is numbers from 1 on, two of them at least; one alone must begin a sentence. A paragraph
+    that begins with the number after `last`, that of the item before it, goes on with its list.
+
+    Returns:
+      The parts, and the number of the last item up to here.
     """
     numbers: list[re.Match] = []
+    first = _ITEM.match(paragraph)
+    before_these = last if first and int(first[1]) == last + 1 else 0
     for number in _ITEM.finditer(paragraph):
-        if int(number[1]) == len(numbers) + 1:
+        if int(number[1]) == before_these + len(numbers) + 1:
             numbers.append(number)
     before = paragraph[: numbers[0].start()].rstrip() if numbers else ""
     if len(numbers) == 1 and before and before[-1] not in ".!?:;":
         numbers = []
     edges = [0, *(edge for number in numbers for edge in number.span()), len(paragraph)]
     parts = (paragraph[edges[i] : edges[i + 1]].strip() for i in range(0, len(edges), 2))
-    return [part for part in parts if part]
+    return [part for part in parts if part], before_these + len(numbers) if numbers else last
 
 
 def _split(text: str) -> Iterator[str]:
