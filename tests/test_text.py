@@ -115,6 +115,7 @@ SENTENCES = [
     ("No stop at the end\n \nNor here", ["No stop at the end", "Nor here"]),
     ('He said "clear." It is.', ['He said "clear."', "It is."]),
     ("Small; unchanged; benign.", ["Small; unchanged; benign."]),
+    ("___ ___ ___. Seen by ___.", ["Seen by ___."]),
     (" . ", []),
     ("", []),
 ]
@@ -166,6 +167,16 @@ def test_either_is_all_of_a_report_without_headers_and_one_section_of_another():
     assert units(note, unit="section") == (whole,)
     assert units(MIMIC) == ("No acute process.",)
     assert units("\n COMPARISON: None is there.\n\n" + whole, unit="section") == (whole,)
+
+
+@pytest.mark.parametrize("unit", ["sentence", "section", "report"])
+def test_what_was_taken_out_to_hide_a_patient_is_no_text(unit):
+    made = text.corpus(
+        ["\n FINDINGS: ___ ___ ___ ___.\n", "\n FINDINGS: ___ ___ seen.\n"], policy(unit=unit)
+    )
+    assert made.units == () and made.counts["with nothing long enough"] == 2
+    made = text.corpus(["\n FINDINGS: ___ has pneumonia.\n"], policy(unit=unit))
+    assert made.units == ("___ has pneumonia.",)
 
 
 def test_equal_texts_have_equal_ids_whatever_their_case_and_spacing():

@@ -62,6 +62,7 @@ _DEIDENTIFIED = re.compile(r"\[\*\*.*?\*\*\]|X{4,}|_{2,}", re.DOTALL)
 _END = re.compile(r"[.!?]+[\"')\]]*(?=\s)")
 _ITEM = re.compile(r"(?:^|(?<=\s))\(?(\d{1,2})[.)](?:\s+(?=\S)|(?=[A-Z]))")
 _WORD = re.compile(r"\w+")
+_SAYS_SOMETHING = re.compile(r"[^\W_]")  # a letter or digit, which a mark has not
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _BEFORE_TEXT = tuple(
     ["dr", "mr", "mrs", "ms", "prof", "st", "vs", "e.g", "i.e"]
@@ -79,7 +80,7 @@ class TextPolicy:
         'either', the first that there is of impression, findings, last paragraph and, of a report
         without headers, all of it; 'all', the whole report without its headers.
       unit: that is drawn: a 'sentence', a 'section' or the whole 'report'.
-      min_tokens: units of fewer words and punctuation marks are dropped.
+      min_tokens: units of fewer words and punctuation marks, not counting '___', are dropped.
       headers: how sections are found: 'known', a usual name and a colon at the start of a line, or
         in capitals anywhere; or 'mimic', as MIMIC-CXR's own section parser finds them, see
         `sections`.
@@ -248,7 +249,7 @@ def _units(text: str, policy: TextPolicy) -> list[str]:
 
 
 def _long_enough(unit: str, policy: TextPolicy) -> bool:
-    return len(_TOKEN.findall(unit)) >= policy.min_tokens
+    return len(_TOKEN.findall(unit.replace(MARK, ""))) >= policy.min_tokens
 
 
 def unwrap(text: str) -> list[str]:
@@ -267,7 +268,7 @@ def sentences(text: str) -> list[str]:
     found, last = [], 0
     for paragraph in unwrap(text):
         items, last = _items(paragraph, last)
-        found += [s for item in items for s in _split(item) if _WORD.search(s)]
+        found += [s for item in items for s in _split(item) if _SAYS_SOMETHING.search(s)]
     return found
 
 
