@@ -68,7 +68,13 @@ _BEFORE_TEXT = tuple(
     ["dr", "mr", "mrs", "ms", "prof", "st", "vs", "e.g", "i.e"]
     + ["cf", "approx", "ca", "resp", "incl", "excl"]
 )
-_BEFORE_NUMBER = ["no", "nr", "fig", "im", "image", "ser", "se", "seg", "pp", "p", "vol", "ca"]
+_MONTHS = ["jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"]
+_BEFORE_NUMBER = (
+    ["no", "nr", "fig", "im", "image", "ser", "se", "seg", "pp", "p", "vol", "ca"] + _MONTHS
+)
+_DATE_BEGINS = re.compile(rf"\b(?i:{'|'.join(_MONTHS)})\.\s*$")  # a day follows, no list's number
+_BEFORE_NAME = ("by", "with")
+_INITIALS = re.compile(r"(?![AP]\.M$)(?:[A-Z]\.)*[A-Z]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +291,8 @@ def _items(paragraph: str, last: int) -> tuple[list[str], int]:
     first = _ITEM.match(paragraph)
     before_these = last if first and int(first[1]) == last + 1 else 0
     for number in _ITEM.finditer(paragraph):
-        if int(number[1]) == before_these + len(numbers) + 1:
+        expected = int(number[1]) == before_these + len(numbers) + 1
+        if expected and not _DATE_BEGINS.search(paragraph[: number.start()]):
             numbers.append(number)
     before = paragraph[: numbers[0].start()].rstrip() if numbers else ""
     if len(numbers) == 1 and before and before[-1] not in ".!?:;":
@@ -318,4 +325,6 @@ def _goes_on(before: str, mark: str, rest: str, has_capitals: bool) -> bool:
         return True
     earlier = before.split()[-2] if len(before.split()) > 1 else ""
     title = earlier.rstrip(".").lower() in _BEFORE_TEXT or (len(earlier) == 2 and earlier[1] == ".")
-    return len(word) == 1 and word.isupper() and (title or not earlier) and rest[0].isupper()
+    name_begins = title or not earlier or earlier.lower() in _BEFORE_NAME
+    name_goes_on = rest[0].isupper() or rest.startswith(MARK)
+    return bool(_INITIALS.fullmatch(word)) and name_begins and name_goes_on
