@@ -80,6 +80,11 @@ def test_odd_reports_as_mimics_parser_has_them(report, want):
         ("Findings: Clear.\nConclusion: None.", {"findings": "Clear.", "impression": "None."}),
         ("The findings: none of note.", {"full report": "The findings: none of note."}),
         ("FINDINGS:\n IMPRESSION: One.", {"impression": "One."}),
+        (
+            "findings: Effusion seen.  Impression: Pneumonia. See impression: it is old.",
+            {"findings": "Effusion seen.", "impression": "Pneumonia. See impression: it is old."},
+        ),
+        ("Findings: Seen. Of note: old.", {"findings": "Seen. Of note: old."}),
     ],
 )
 def test_known_headers_are_found_in_reports_of_other_origin(report, want):

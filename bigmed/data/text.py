@@ -52,8 +52,10 @@ _KNOWN = sorted((*_NAMES, *_SYNONYMS), key=len, reverse=True)
 _MIMIC_HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 _ANY_NAME = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in _KNOWN)
 _KNOWN_HEADER = re.compile(
-    # at the start of a line in any case, or in capitals anywhere
-    rf"^[ \t]*(?i:({_ANY_NAME}))[ \t]*:|(?<![A-Za-z])({_ANY_NAME.upper().replace('S+', 's+')})\s*:",
+    # at the start of a line in any case; in capitals anywhere; or with one, after a sentence
+    rf"^[ \t]*(?i:({_ANY_NAME}))[ \t]*:"
+    rf"|(?<![A-Za-z])({_ANY_NAME.upper().replace('S+', 's+')})\s*:"
+    rf"|(?<=[.!?])[ \t]+(?=[A-Z])(?i:({_ANY_NAME}))[ \t]*:",
     re.MULTILINE,
 )
 
@@ -87,9 +89,9 @@ class TextPolicy:
         without headers, all of it; 'all', the whole report without its headers.
       unit: that is drawn: a 'sentence', a 'section' or the whole 'report'.
       min_tokens: units of fewer words and punctuation marks, not counting '___', are dropped.
-      headers: how sections are found: 'known', a usual name and a colon at the start of a line, or
-        in capitals anywhere; or 'mimic', as MIMIC-CXR's own section parser finds them, see
-        `sections`.
+      headers: how sections are found: 'known', a usual name and a colon at the start of a line, in
+        capitals anywhere, or with a first capital after a sentence; or 'mimic', as MIMIC-CXR's own
+        section parser finds them, see `sections`.
 
     Raises:
       UserError: an unknown value.
@@ -216,7 +218,7 @@ def _known(report: str) -> Iterator[tuple[str, str]]:
         yield (PREAMBLE if found else FULL), before.strip()
     for header, following in itertools.zip_longest(found, found[1:]):
         end = following.start() if following else len(report)
-        yield _name(header[1] or header[2]), report[header.end() : end].strip()
+        yield _name(header[header.lastindex]), report[header.end() : end].strip()
 
 
 def _name(header: str) -> str:
