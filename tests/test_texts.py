@@ -124,6 +124,19 @@ def test_sentences_are_joined_in_the_reports_order(data):
     assert (last == separator).all()
 
 
+@pytest.mark.parametrize(("sentences", "length"), [(0, 12), (0, 64), (2, 12), (1, 12)])
+def test_records_whose_joined_units_are_cut_are_counted_and_announced(data, sentences, length):
+    own = make(data, text={"sentences": sentences, "length": length})._texts[0]
+    inner = make(data, text={"length": 64})._texts[0].mask.sum(axis=1) - 2
+    want = 0
+    for start, end in zip(own.starts[:-1], own.starts[1:], strict=True):
+        units = sorted(inner[own.members[start:end]].tolist())[-sentences:]
+        want += sentences != 1 and 2 + sum(units) > length
+    what = "records whose joined units can exceed the length"
+    assert own.counts[what] == want and (want > 0) == (length == 12 and sentences != 1)
+    assert (f"{want} {what}" in own.describe()) == (want > 0)
+
+
 def _draw_elsewhere(own, queue):
     queue.put(own.draw(np.array([0, 1]), 7, np.array([3, 4])))
 

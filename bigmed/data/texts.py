@@ -61,7 +61,8 @@ class Texts:
       tokens: int32 [U, length] and
       mask: bool [U, length], memory maps; see `tokenise.Tokens`.
       pad_id: the token of padding.
-      counts: what was dropped and why, and how many units were cut to the length.
+      counts: what was dropped and why, and how many units were cut to the length, and how many
+        records have units that, joined, may be.
     """
 
     settings: TextSettings
@@ -179,6 +180,7 @@ def _of_source(
         )
     cache = cache_folder() / "tokens"
     tokens = tokenise.tokenise_once(corpus.units, tokeniser, settings.length, cache)
+    too_long = _longest_joined(corpus, tokens.mask, settings) > settings.length
     return Texts(
         settings=settings,
         starts=corpus.starts,
@@ -187,5 +189,22 @@ def _of_source(
         tokens=tokens.tokens,
         mask=tokens.mask,
         pad_id=tokeniser.pad_id,
-        counts={**corpus.counts, "units cut to the length": tokens.truncated},
+        counts={
+            **corpus.counts,
+            "units cut to the length": tokens.truncated,
+            "records whose joined units can exceed the length": int(too_long.sum()),
+        },
     )
+
+
+def _longest_joined(corpus: text.Corpus, mask: np.ndarray, settings: TextSettings) -> np.ndarray:
+    """int64 [N], tokens of each record's longest text of several units, uncut; 0 without any."""
+    counts = np.diff(corpus.starts)
+    if settings.sentences == 1:
+        return np.zeros(len(counts), np.int64)
+    record = np.repeat(np.arange(len(counts)), counts)
+    inner = mask.sum(axis=1)[corpus.members] - 2
+    longest_first = np.lexsort((-inner, record))
+    rank = np.arange(len(record)) - corpus.starts[record]
+    joined = inner[longest_first] * (rank < (settings.sentences or len(record)))
+    return np.bincount(record, joined, minlength=len(counts)).astype(np.int64) + 2 * (counts > 0)
