@@ -400,6 +400,7 @@ def test_in_parts_dropout_is_drawn_alike_in_both_passes(spec):
     ("change", "said"),
     [
         ({"temperature": -0.1}, "config.objective.temperature=-0.1"),
+        ({"temperature": math.inf}, "config.objective.temperature=inf: valid: a finite number"),
         ({"temperature": 2.0, "learn_temperature": True}, "temperature=2.0 .* valid: 0.01 to 1"),
         ({"loss": "sigmoidal"}, "did you mean 'sigmoid'"),
         ({"duplicates": "drop"}, "config.objective.duplicates='drop'"),

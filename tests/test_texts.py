@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 import pytest
+import transformers
+from tokenizers import processors
 
 from bigmed.data import phantom, pipeline, sources, texts, tokenise
 from bigmed.errors import UserError
@@ -135,6 +137,25 @@ def test_records_whose_joined_units_are_cut_are_counted_and_announced(data, sent
     what = "records whose joined units can exceed the length"
     assert own.counts[what] == want and (want > 0) == (length == 12 and sentences != 1)
     assert (f"{want} {what}" in own.describe()) == (want > 0)
+
+
+@pytest.mark.parametrize(
+    "template", ["[CLS] $A [SEP]", "[CLS] [CLS] $A [SEP]", "$A [SEP]", "[CLS] [SEP] $A"]
+)
+def test_units_are_joined_only_between_two_special_tokens(data, tmp_path, template):
+    backend = tokenise.load(data / "vocab.txt").backend
+    special = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    backend.enable_padding(length=32)  # some files say so
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+    wrapped.save_pretrained(tmp_path)
+    own = {"tokeniser": str(tmp_path), "length": 32}
+    assert make(data, text=own).host_batch(0)["token_mask"].any()
+    if template == "[CLS] $A [SEP]":
+        make(data, text={**own, "sentences": 2})
+        return
+    with pytest.raises(UserError, match=f"tokeniser='{tmp_path}' does not put one .*sentences=1"):
+        make(data, text={**own, "sentences": 2})
 
 
 def _draw_elsewhere(own, queue):

@@ -164,7 +164,22 @@ def prepare(
     settings = TextSettings(**{key: config[key] for key in _OWN if key in config})
     policy = text.TextPolicy(**{key: config[key] for key in _POLICY if key in config})
     tokeniser = tokenise.load(settings.tokeniser, lower_case=settings.lower_case)
+    if settings.sentences != 1:
+        _check_joins(tokeniser)
     return [_of_source(source, settings, policy, tokeniser) for source in sources], tokeniser
+
+
+def _check_joins(tokeniser: tokenise.Tokeniser) -> None:
+    """Raises `UserError` unless a text stands between one special token and another."""
+    found = tokeniser.backend.encode("a")
+    pairs = zip(found.special_tokens_mask, found.attention_mask, strict=True)
+    special = [mark for mark, kept in pairs if kept]  # without padding
+    if special != [1] + [0] * (len(special) - 2) + [1]:
+        raise UserError(
+            f"config.data.text.tokeniser='{tokeniser.path}' does not put one special token before "
+            "a text and one behind it, as [CLS] and [SEP], between which units are joined; valid: "
+            "such a tokeniser, or config.data.text.sentences=1"
+        )
 
 
 def _of_source(

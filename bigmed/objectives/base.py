@@ -31,6 +31,7 @@ the gradient of the loss of the whole of it.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -234,8 +235,8 @@ def check_widths(config: Mapping[str, Any], *names: str) -> None:
 
 
 def check_temperature(config: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless `config.objective.temperature` is above 0."""
-    if not config["temperature"] > 0:
+    """Raises `UserError` unless `config.objective.temperature` is above 0, and finite."""
+    if not 0 < config["temperature"] < math.inf:
         raise UserError(
-            f"config.objective.temperature={config['temperature']}: valid: a number above 0"
+            f"config.objective.temperature={config['temperature']}: valid: a finite number above 0"
         )
