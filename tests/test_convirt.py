@@ -41,12 +41,12 @@ def spec_of(folder):
     return dataclasses.replace(DATA, num_examples=100, tokeniser=tokenise.load(path))
 
 
-def stage_config(texts=1, tower=None, **overrides):
+def stage_config(texts=1, text=None, tower=None, **overrides):
     config = common.base()
     config.model = common.vit("mu/16")
     config.augment = common.augmentation("convirt", 16)
     config.data.channels = 3
-    config.data.text = common.text("vocab.txt", length=LENGTH, texts=texts)
+    config.data.text = common.text("vocab.txt", length=LENGTH, texts=texts, **(text or {}))
     config.text_model = common.bert(
         width=32, depth=2, heads=2, mlp_dim=48, max_length=16, train_after_layer=1
     )
@@ -406,6 +406,12 @@ def test_in_parts_dropout_is_drawn_alike_in_both_passes(spec):
         ({"duplicates": "drop"}, "config.objective.duplicates='drop'"),
         ({"image_weight": 1.5}, "config.objective.image_weight=1.5"),
         ({"text_text": 0.5}, "config.data.text.texts=2"),
+        ({"text_text": 0.5, "texts": 2, "text": {"sentences": 0}}, "text with itself.*sentences=0"),
+        ({"text_text": 0.5, "texts": 2, "text": {"unit": "report"}}, "itself.*unit='report'"),
+        (
+            {"text_text": 1, "texts": 2, "text": {"unit": "section", "sections": "either"}},
+            "itself.*sections='either'",
+        ),
         ({"tower": {"vocab_size": 500}}, "vocab_size=500 does not fit"),
         ({"tower": {"max_length": 8}}, "config.data.text.length=12 is beyond"),
         ({"tower": {"depths": 3}}, "config.text_model of 'bert'"),

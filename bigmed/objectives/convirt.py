@@ -115,11 +115,8 @@ class Objective(base.Objective):
                 "the text tower starts at random, its frozen layers stay so: give "
                 "init_from.text_weights, or train all with config.text_model.train_after_layer=-1"
             )
-        if own["text_text"] and config["data"]["text"]["texts"] < 2:
-            raise UserError(
-                "config.objective.text_text compares two texts of a row; set "
-                "config.data.text.texts=2"
-            )
+        if own["text_text"]:
+            _check_two_texts(config["data"]["text"])
 
     def init(self, key: jax.Array, batch_spec: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Fresh (params, batch_stats, extra) for batches of this form."""
@@ -255,6 +252,22 @@ class Objective(base.Objective):
         if not self.config["learn_temperature"]:
             return 1.0 / self.config["temperature"]
         return jnp.exp(_limited(params["logit_scale"]))
+
+
+def _check_two_texts(text: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless a row may hold two texts that differ."""
+    if text["texts"] < 2:
+        raise UserError(
+            "config.objective.text_text compares two texts of a row; set config.data.text.texts=2"
+        )
+    one_section = text["unit"] == "section" and text["sections"] in ("impression", "either")
+    if text["sentences"] == 0 or text["unit"] == "report" or one_section:
+        names = ("sections", "unit", "sentences")
+        given = ", ".join(f"{name}={text[name]!r}" for name in names)
+        raise UserError(
+            f"config.objective.text_text would compare a text with itself: config.data.text "
+            f"({given}) makes one text of a report; valid: unit='sentence' and sentences=1 or more"
+        )
 
 
 @jax.custom_vjp
