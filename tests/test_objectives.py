@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from bigmed import tree
 from bigmed.errors import UserError
-from bigmed.objectives import base, micle, simclr
+from bigmed.objectives import base, convirt, micle, moco_v3, simclr
 from bigmed.state import make_init
 from configs import common
 
@@ -103,6 +103,17 @@ def test_bf16_loss_is_close_and_statistics_stay_float32():
     got = evaluate(simclr.Objective(config, DATA), batch, mesh_of(1, 1, 1))
     np.testing.assert_allclose(got[0], want[0], rtol=0.03)
     assert {leaf.dtype for leaf in jax.tree.leaves(got[2:])} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("module", [simclr, micle, moco_v3, convirt])
+def test_a_batch_of_one_has_no_negatives(module):
+    config = ConfigDict(stage_config().to_dict())
+    own = {"moco_v3": common.moco_v3_objective, "convirt": common.convirt_objective}
+    name = module.__name__.rpartition(".")[2]
+    config.objective = own[name]() if name in own else common.simclr_objective(name)
+    config.data.batch_size = 1
+    with pytest.raises(UserError, match=r"data\.batch_size=1 gives .* no negatives.*valid: 2 and"):
+        module.Objective(config, DATA)
 
 
 @pytest.mark.parametrize(

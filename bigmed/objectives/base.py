@@ -234,6 +234,16 @@ def check_widths(config: Mapping[str, Any], *names: str) -> None:
             raise UserError(f"config.objective.{name}={config[name]}: valid: 1 and more")
 
 
+def check_negatives(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` if a batch of the stage's config has no pairs to tell an item's from."""
+    if config["data"]["batch_size"] < 2:
+        raise UserError(
+            f"config.data.batch_size={config['data']['batch_size']} gives objective "
+            f"'{config['objective']['name']}' no negatives, which are the other rows of the batch; "
+            "valid: 2 and more"
+        )
+
+
 def check_temperature(config: Mapping[str, Any]) -> None:
     """Raises `UserError` unless `config.objective.temperature` is above 0, and finite."""
     if not 0 < config["temperature"] < math.inf:

@@ -89,6 +89,7 @@ class Objective(base.Objective):
 
     def _check(self, config: Mapping[str, Any], data: base.DataSpec) -> None:
         own = self.config
+        base.check_negatives(config)
         base.check_temperature(own)
         base.check_widths(own, "head_dim", "head_layers")
         if own["learn_temperature"] and not 1 / MAX_SCALE <= own["temperature"] <= 1:

@@ -24,6 +24,7 @@ class Objective(byol.Objective):
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
         super().__init__(config, data)
+        base.check_negatives(config)
         base.check_temperature(self.config)
         base.check_widths(self.config, "head_layers")
 

@@ -27,6 +27,7 @@ class Objective(base.Objective):
                 f"config.objective.loss_reduction='{self.config['loss_reduction']}': "
                 "valid: mean, sum"
             )
+        base.check_negatives(config)
         base.check_temperature(self.config)
         base.check_widths(self.config, "head_dim")
         self.head = heads.ProjectionHead(
