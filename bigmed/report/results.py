@@ -91,6 +91,8 @@ def _fine_print(block: table.Block) -> list[str]:
     notes += table.leakage_notes(block.rows)
     if row.get("averaged"):
         notes.append(f"{row['averaged']} averaged by {row['unit']}")
+    if any(r.get("interval") == "delong" for r in block.rows):
+        notes.append("AUCs of single classes: DeLong's interval, clustered by patient")
     if row.get("shift"):
         notes.append("another site: what was learnt is applied unchanged")
     for key, said in (
