@@ -61,9 +61,12 @@ def test_loss_and_gradients_are_those_of_one_device():
     assert_same_everywhere(make(), make_batch(1))
 
 
-def test_of_a_transformer_also_in_parts():
-    objective = make(model=common.vit("mu/16"), mode="infonce", queue="snapshot")
-    assert_same_everywhere(objective, make_batch(1), meshes=((2, 2, 2),), parts=(4,))
+@pytest.mark.parametrize(
+    ("mode", "queue", "meshes"), [("infonce", "snapshot", ((2, 2, 2),)), ("nce", "sequential", ())]
+)
+def test_of_a_transformer_also_in_parts(mode, queue, meshes):
+    objective = make(model=common.vit("mu/16"), mode=mode, queue=queue)
+    assert_same_everywhere(objective, make_batch(1), meshes=meshes, parts=(4,))
 
 
 def test_queue_and_teacher_after_a_step_are_those_of_one_device():
@@ -116,10 +119,14 @@ def count_collectives(text):
             for name in names}  # fmt: skip
 
 
-def test_pushing_the_keys_costs_one_gather(monkeypatch):
-    """A step's collectives with the push and without it."""
+@pytest.mark.parametrize(
+    ("queue", "active", "pushes"),
+    [("snapshot", ("plain",), 1), ("sequential", ("plain", "feature_mix"), 2)],
+)
+def test_pushing_the_keys_costs_one_gather_each(monkeypatch, queue, active, pushes):
+    """A step's collectives with the pushes and without them."""
     mesh, batch = mesh_of(8, 1, 1), make_batch(1)
-    settings = {"losses": ("plain",), "queue": "snapshot", "mode": "infonce"}
+    settings = {"losses": active, "queue": queue, "mode": "infonce"}
     objective = make(model=common.vit("mu/16"), **settings)
     init = make_init(objective, NoOptimiser, batch, seed=0)
     shardings = sharding.tree_shardings(jax.eval_shape(init), mesh, objective.SHARDING)
@@ -141,4 +148,4 @@ def test_pushing_the_keys_costs_one_gather(monkeypatch):
     pushing = counted()
     monkeypatch.setattr(momentum, "push", lambda queue, keys: queue)
     without = counted()
-    assert pushing == {**without, "all-gather": without["all-gather"] + 1}, (pushing, without)
+    assert pushing == {**without, "all-gather": without["all-gather"] + pushes}, (pushing, without)

@@ -108,7 +108,11 @@ def new_queue(key: jax.Array, rows: int, dim: int) -> dict[str, jax.Array]:
 
 
 def push(queue: Mapping[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
-    """The queue with its oldest rows replaced by `keys` [B, D]; B divides the queue's rows."""
+    """The queue with its oldest rows replaced by `keys` [B, D]; B divides the queue's rows.
+
+    Over a mesh it costs one gather of the keys, as every device holds all of the queue: one a step
+    with C2L's 'snapshot', one for each loss with 'sequential', whose next loss needs the queue.
+    """
     rows = len(queue["keys"])
     place = queue["place"]
     held = jax.lax.dynamic_update_slice_in_dim(
