@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def replace_text(path: pathlib.Path, text: str) -> None:
     """Puts `text` in the place of a file, also if the power fails in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # cells of a sweep run in threads of one process
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,5 +1,7 @@
 """Cells of a sweep side by side on several devices."""
 
+import concurrent.futures
+import json
 import threading
 import types
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from memory import pixels, settings
 
-from bigmed import sharding
+from bigmed import metrics, sharding
 from bigmed.evaluation import run_cells
 from bigmed.evaluators import knn, linear
 
@@ -82,3 +84,13 @@ def test_a_stop_begins_no_further_cell(toy, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert len(begun) < 15  # of 15 cells of the linear probe
+
+
+def test_threads_write_one_file_without_losing_it(tmp_path):
+    path = tmp_path / "subset.json"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        written = [pool.submit(metrics.write_json, path, list(range(999))) for _ in range(200)]
+        for one in written:
+            one.result()
+    assert json.loads(path.read_text()) == list(range(999))
+    assert [p.name for p in tmp_path.iterdir()] == ["subset.json"]

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pathlib
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -184,7 +185,7 @@ def write_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
     """Writes arrays so that a reader finds the whole file or none."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
