@@ -8,7 +8,7 @@ ConVIRT on those of the second, which have notes. The labels of a tenth to all o
 patients are used, each share drawn five times. Two targets: five findings of ChestX-ray14, whose
 head is also applied unchanged to all of Kermany's children; and pneumonia of those children, of
 whom nothing was seen in pretraining, whose head is also applied to cxr_actualmed. Three seeds.
-Hours: 0.8 on 2 CPU cores. Expected metric: see docs/results.md. Network, image size and number of
+Hours: 0.3 on 2 CPU cores. Expected metric: see docs/results.md. Network, image size and number of
 steps are what two cores finish; values marked U are ours.
 """
 
