@@ -11,6 +11,7 @@ that class's metrics.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -42,8 +43,8 @@ def auc(
     """
     curve = Curve(scores, labels, np.arange(len(labels)), len(labels))
     if weights is None:
-        return float(curve.auc(*curve.counts(np.ones((len(labels), 1))))[0])
-    return curve.auc(*curve.counts(weights))
+        return float(curve.counts(np.ones((len(labels), 1))).auc()[0])
+    return curve.counts(weights).auc()
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -82,67 +83,61 @@ class Curve:
         self._negative = summed(of_negative, negative, groups + 1)
         self._tied = summed(of_negative[tied], negative[tied], groups)
 
-    def counts(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of multiplicities [P, R], what the metrics take.
-
-        Returns:
-          float64: the positives at each threshold [G, R], the highest first; the true and the false
-          positives down to it [G, R]; the negatives that have its very score [G, R]; all negatives
-          [R].
-        """
+    def counts(self, weights: np.ndarray) -> "Counts":
+        """What the metrics take, of multiplicities [P, R]."""
         weights = np.ascontiguousarray(weights, np.float64)
         positive, negative = self._positive @ weights, self._negative @ weights
         false = np.cumsum(negative, axis=0)
-        return positive, np.cumsum(positive, axis=0), false[:-1], self._tied @ weights, false[-1]
+        true = np.cumsum(positive, axis=0)
+        return Counts(positive, true, false[:-1], self._tied @ weights, false[-1])
 
-    @staticmethod
-    def auc(
-        positive: np.ndarray,
-        true: np.ndarray,
-        false: np.ndarray,
-        tied: np.ndarray,
-        all_: np.ndarray,
-    ) -> np.ndarray:
+
+class Counts(NamedTuple):
+    """What the metrics of a curve take of R resamples.
+
+    Attributes:
+      positive: float64 [G, R], the positives at each threshold, the highest first.
+      true, false: [G, R], the true and the false positives down to it.
+      tied: [G, R], the negatives that have its very score.
+      negatives: [R], all of them.
+    """
+
+    positive: np.ndarray
+    true: np.ndarray
+    false: np.ndarray
+    tied: np.ndarray
+    negatives: np.ndarray
+
+    def auc(self) -> np.ndarray:
         """Area under the ROC curve [R]."""
-        wins = np.einsum("gr,gr->r", positive, all_ - false + 0.5 * tied)
-        return _ratio(wins, (true[-1] if len(true) else 0) * all_)
+        above = self.negatives - self.false + 0.5 * self.tied
+        wins = np.einsum("gr,gr->r", self.positive, above)
+        return _ratio(wins, (self.true[-1] if len(self.true) else 0) * self.negatives)
 
-    @staticmethod
-    def average_precision(
-        positive: np.ndarray,
-        true: np.ndarray,
-        false: np.ndarray,
-        tied: np.ndarray,
-        all_: np.ndarray,
-    ) -> np.ndarray:
-        """Precision averaged over the steps of recall, without interpolation [R]."""
-        del tied
-        if not len(true):
-            return np.full(true.shape[1], np.nan)
-        found = true + false
-        precision = np.divide(true, found, out=np.zeros_like(true), where=found > 0)
-        found = _ratio(np.einsum("gr,gr->r", positive, precision), true[-1])
-        return np.where(all_ > 0, found, np.nan)  # of positives alone it is 1, whatever the scores
+    def average_precision(self) -> np.ndarray:
+        """Precision averaged over the steps of recall, without interpolation [R].
 
-    @staticmethod
-    def sensitivity(
-        positive: np.ndarray,
-        true: np.ndarray,
-        false: np.ndarray,
-        tied: np.ndarray,
-        all_: np.ndarray,
-    ) -> np.ndarray:
+        Of positives alone it would be 1, whatever the scores, and is undefined.
+        """
+        if not len(self.true):
+            return np.full(self.true.shape[1], np.nan)
+        found = self.true + self.false
+        precision = np.divide(self.true, found, out=np.zeros_like(found), where=found > 0)
+        mean = _ratio(np.einsum("gr,gr->r", self.positive, precision), self.true[-1])
+        return np.where(self.negatives > 0, mean, np.nan)
+
+    def sensitivity(self) -> np.ndarray:
         """The largest sensitivity of a threshold with a specificity of `SPECIFICITY` and more [R].
 
         No threshold lies between images of equal score.
         """
-        del positive, tied
-        if not len(true):
-            return np.full(true.shape[1], np.nan)
-        allowed = (false <= (1 - SPECIFICITY) * all_ + 1e-9).sum(axis=0)  # of the first ones
-        reached = np.take_along_axis(true, np.maximum(allowed - 1, 0)[None], axis=0)[0]
-        found = _ratio(np.where(allowed > 0, reached, 0.0), true[-1])
-        return np.where(all_ > 0, found, np.nan)
+        if not len(self.true):
+            return np.full(self.true.shape[1], np.nan)
+        limit = (1 - SPECIFICITY) * self.negatives + 1e-9
+        allowed = (self.false <= limit).sum(axis=0)  # of the first thresholds
+        reached = np.take_along_axis(self.true, np.maximum(allowed - 1, 0)[None], axis=0)[0]
+        found = _ratio(np.where(allowed > 0, reached, 0.0), self.true[-1])
+        return np.where(self.negatives > 0, found, np.nan)
 
 
 class Sums:
@@ -264,9 +259,9 @@ def classification_metrics(
         by_class: dict[str, list[np.ndarray]] = {"auc": [], "ap": []}
         for c in classes:
             counts = curves[c].counts(weights)
-            found = {"auc": Curve.auc(*counts), "ap": Curve.average_precision(*counts)}
+            found = {"auc": counts.auc(), "ap": counts.average_precision()}
             if point is not None:
-                found[f"sensitivity@spec{SPECIFICITY}"] = Curve.sensitivity(*counts)
+                found[f"sensitivity@spec{SPECIFICITY}"] = counts.sensitivity()
                 yes = scores[:, c] >= point.thresholds[c]
                 known = 1.0 if np.isfinite(point.thresholds[c]) else np.nan
                 found |= thresholded(yes, labels[:, c], sums, weights * known)

@@ -130,6 +130,14 @@ class Resampled:
             for name, value in self.values.items()
         }
 
+    def minus(self, other: "Resampled") -> "Resampled":
+        """The differences to another model, of the same images and the same resamples."""
+        return Resampled(
+            values={name: value - other.values[name] for name, value in self.values.items()},
+            samples={name: sample - other.samples[name] for name, sample in self.samples.items()},
+            patients=self.patients,
+        )
+
 
 def resample(
     scores: Sequence[np.ndarray],
@@ -251,11 +259,7 @@ def paired_difference(a: Resampled, b: Resampled) -> dict[str, Estimate]:
     The interval covers the choice of test patients. It does not cover what other training seeds
     would do.
     """
-    return Resampled(
-        values={name: value - b.values[name] for name, value in a.values.items()},
-        samples={name: samples - b.samples[name] for name, samples in a.samples.items()},
-        patients=a.patients,
-    ).estimates()
+    return a.minus(b).estimates()
 
 
 def _estimate(

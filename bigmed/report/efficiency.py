@@ -84,16 +84,15 @@ def savings(sweep: Sequence[runs.Tested], metric: str) -> dict[str, efficiency.C
     shared = set.intersection(*(set(block.stages) for block in blocks))
     patients, of_point = [], []
     for tested in sweep:
-        cells = tested.block.cells[metric].values()
-        labelled = np.mean([c.n_labelled or np.nan for c in cells])
+        labelled = _labelled(tested.block, metric)
         found = {stage: _metric_of(tested, stage, metric) for stage in shared}
         defined = all(np.isfinite(values).all() for values, _ in found.values())
         # draws of hardly any more patients are no further point
         if defined and np.isfinite(labelled) and labelled > max([0, *patients]):
             patients.append(labelled)
             of_point.append(found)
-    full = np.mean([c.n_labelled or np.nan for c in blocks[-1].cells[metric].values()])
-    if reference not in shared or len(patients) < 2 or patients[-1] != full:
+    whole = _labelled(blocks[-1], metric)
+    if reference not in shared or len(patients) < 2 or patients[-1] != whole:
         return {}
     return {
         stage: efficiency.crossing(
@@ -105,6 +104,11 @@ def savings(sweep: Sequence[runs.Tested], metric: str) -> dict[str, efficiency.C
         for stage in blocks[-1].stages
         if stage in shared and stage != reference
     }
+
+
+def _labelled(block: table.Block, metric: str) -> float:
+    """Mean number of labelled patients of the stages; NaN if that of one is not known."""
+    return float(np.mean([c.n_labelled or np.nan for c in block.cells[metric].values()]))
 
 
 def _metric_of(tested: runs.Tested, stage: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

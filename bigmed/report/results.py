@@ -143,19 +143,20 @@ def _forest(block: table.Block, metric: str) -> str:
 def differences(tested: runs.Tested) -> list[Difference]:
     """Each stage against every one before it; p-values are adjusted within a metric."""
     resampled, seeds = tested.resampled, tested.by_seed()
-    pairs = list(itertools.combinations(resampled, 2))
+    apart = {
+        (before, after): [
+            a.minus(b) for b, a in zip(resampled[before], resampled[after], strict=True)
+        ]
+        for before, after in itertools.combinations(resampled, 2)
+    }
     metrics = [metric for metric in COMPARED if metric in tested.block.cells]
     made = []
     for metric in metrics:
         of_metric = []
-        for before, after in pairs:
-            values, samples = (
-                np.array([getattr(r, part)[metric] for r in resampled[after]])
-                - np.array([getattr(r, part)[metric] for r in resampled[before]])
-                for part in ("values", "samples")
-            )  # [S], [S, R]
-            whole = samples.mean(axis=0)
-            patients = resampled[after][0].patients
+        for (before, after), repeats in apart.items():
+            values = np.array([one.values[metric] for one in repeats])  # [S]
+            samples = np.stack([one.samples[metric] for one in repeats])  # [S, R]
+            whole, patients = samples.mean(axis=0), repeats[0].patients
             mean = statistics.Resampled({metric: float(values.mean())}, {metric: whole}, patients)
             found, over, p = mean.estimates()[metric], None, None
             if found.low is not None:
