@@ -1,5 +1,6 @@
 """What a workdir says of its run: config.json, curriculum.json, results.json."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -56,11 +57,18 @@ class Record:
             known = json.loads(self._path.read_text(encoding="utf-8"))["stages"]
             for stage in known:
                 self._stages[stage["directory"]].update(stage)
-        self.rows = json.loads(self._results.read_text()) if self._results.exists() else []
+        self._rows: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}  # by cell
+        for row in json.loads(self._results.read_text()) if self._results.exists() else []:
+            self._rows.setdefault(_cell_of(row), []).append(row)
         self._journal = workdir / "results.new.jsonl"
         for line in metrics.read_jsonl(self._journal):  # of a run that was killed
             self._put(line["origin"], line["rows"])
         self.hash_key = _secret(workdir / ".hash_key")
+
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Those of every cell that has run, as they stand in results.json."""
+        return list(itertools.chain.from_iterable(self._rows.values()))
 
     def weights_of(self, name: str, seed: int) -> pathlib.Path:
         """The checkpoint of an earlier stage, `<directory>/<folder>/<step>`, by its name."""
@@ -115,8 +123,9 @@ class Record:
         self.update(entry, evaluated={**self._evaluated(entry), cell.name: cell.digest()})
 
     def _put(self, origin: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        kept = [row for row in self.rows if _cell_of(row) != _cell_of(origin)]
-        self.rows = [*kept, *rows]
+        self._rows.pop(_cell_of(origin), None)  # new ones come last
+        if rows:
+            self._rows[_cell_of(origin)] = list(rows)
 
     def write_results(self) -> None:
         """Writes results.json, if there is anything new."""
