@@ -28,10 +28,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
+def temporary_for(path: pathlib.Path) -> pathlib.Path:
+    """Beside `path`, what is to take its place; of this process and thread alone.
+
+    The cells of a sweep run in threads of one process.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
 def replace_text(path: pathlib.Path, text: str) -> None:
     """Puts `text` in the place of a file, also if the power fails in between."""
-    # cells of a sweep run in threads of one process
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = temporary_for(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import pathlib
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +36,11 @@ def weights_fingerprint(state: Any) -> str:
         digest.update(f"{name} {value.shape} {value.dtype};".encode())
         digest.update(value.reshape(-1).view(np.uint8))
     return digest.hexdigest()
+
+
+def cache_key(weights: str, preprocessing: Mapping[str, Any]) -> str:
+    """`extract`'s, of `weights_fingerprint` and preprocessing: evaluators that agree share."""
+    return json.dumps([weights, dict(preprocessing)], sort_keys=True)
 
 
 def extract(
@@ -185,7 +189,7 @@ def write_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
     """Writes arrays so that a reader finds the whole file or none."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = metrics.temporary_for(path)
     try:
         with temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)

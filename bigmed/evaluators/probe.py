@@ -5,7 +5,6 @@
 
 import abc
 import copy
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,7 +130,7 @@ class Probe(Labelled):
     def _cache_key(self, state: Any) -> str:
         if self._hashed.get("state") is not state:  # a sweep asks for each of its cells
             self._hashed.update(state=state, weights=features.weights_fingerprint(state))
-        return json.dumps([self._hashed["weights"], self._preprocessing], sort_keys=True)
+        return features.cache_key(self._hashed["weights"], self._preprocessing)
 
     def _features(self, name: str, state: Any, cache_key: str) -> np.ndarray:
         """float32 [n, D], or [m, D] where they are averaged."""

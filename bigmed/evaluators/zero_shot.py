@@ -6,7 +6,6 @@ with, so that what comes out are probabilities and not all about 0.5; and an ima
 depends on the other images of the test set, as it does where scores are standardised over a batch.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,9 +171,7 @@ class Evaluator(Scored):
         if temperature is None:
             temperature = 1 / float(features.on_host(self._scale(state.params)))
         prompts = self._embedded(state)
-        cache_key = json.dumps(
-            [features.weights_fingerprint(state), self._preprocessing], sort_keys=True
-        )
+        cache_key = features.cache_key(features.weights_fingerprint(state), self._preprocessing)
         found = {}
         for name, part in self._parts.items():
             images = features.extract(
