@@ -1,5 +1,7 @@
 """DenseNet: published sizes, PyTorch's numbers, names in and out, equal switches."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,69 +18,13 @@ from bigmed.models import densenet, layers
 PUBLISHED = {121: 7_978_856, 161: 28_681_000, 169: 14_149_480, 201: 20_013_928}
 
 SMALL = (16, (2, 1, 1, 1))
+TOOLS = pathlib.Path(__file__).resolve().parent.parent / "tools"
 
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
     """A network of five layers, quick to compile."""
     monkeypatch.setitem(densenet.VARIANTS, 14, SMALL)
-
-
-def torch_densenet(depth):
-    """A DenseNet written from the paper, with torchvision's names of parameters."""
-    torch = pytest.importorskip("torch", reason="PyTorch is in the extra 'bench'")
-    nn, functional = torch.nn, torch.nn.functional
-
-    class Layer(nn.Module):
-        def __init__(self, channels, growth):
-            super().__init__()
-            self.norm1 = nn.BatchNorm2d(channels)
-            self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
-            self.norm2 = nn.BatchNorm2d(4 * growth)
-            self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
-
-        def forward(self, x):
-            new = self.conv1(functional.relu(self.norm1(x)))
-            new = self.conv2(functional.relu(self.norm2(new)))
-            return torch.cat([x, new], 1)
-
-    class Transition(nn.Module):
-        def __init__(self, channels):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(channels)
-            self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
-
-        def forward(self, x):
-            return functional.avg_pool2d(self.conv(functional.relu(self.norm(x))), 2)
-
-    growth, blocks = densenet.VARIANTS[depth]
-    channels = 2 * growth
-    features = nn.Sequential()
-    features.add_module("conv0", nn.Conv2d(3, channels, 7, 2, 3, bias=False))
-    features.add_module("norm0", nn.BatchNorm2d(channels))
-    features.add_module("relu0", nn.ReLU())
-    features.add_module("pool0", nn.MaxPool2d(3, 2, padding=1))
-    for b, count in enumerate(blocks, start=1):
-        if b > 1:
-            features.add_module(f"transition{b - 1}", Transition(channels))
-            channels //= 2
-        block = nn.Sequential()
-        for i in range(1, count + 1):
-            block.add_module(f"denselayer{i}", Layer(channels, growth))
-            channels += growth
-        features.add_module(f"denseblock{b}", block)
-    features.add_module("norm5", nn.BatchNorm2d(channels))
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features = features
-            self.classifier = nn.Linear(channels, 10)
-
-        def forward(self, x):
-            return functional.relu(self.features(x)).mean((2, 3))
-
-    return Whole()
 
 
 def torch_features(module, x, direction):
@@ -124,8 +70,11 @@ def assert_close(found, expected):
     ("depth", "size", "train"),
     [(14, 112, True), (121, 65, False)],
 )
-def test_equals_pytorch(depth, size, train):
-    module = parity.randomise(torch_densenet(depth)).train(train)
+def test_equals_pytorch(depth, size, train, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is in the extra 'test'")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    twin = __import__("torch_models").DenseNet(*densenet.VARIANTS[depth])
+    module = parity.randomise(twin).train(train)
     for name, tensor in module.state_dict().items():
         # Far from 0, where rounding turns a ReLU and its gradient on or off; less so in training,
         # where large means cost the batch's variances their digits.

@@ -19,6 +19,8 @@ CONVOLUTIONS = [
     (1, 2, 7, 6, 8, 16),
     (3, 1, 6, 7, 16, 8),
     (3, 2, 9, 8, 16, 16),
+    (3, 1, 6, 7, 24, 8),
+    (5, 1, 4, 6, 16, 4),
     (3, 1, 5, 6, 3, 8),
     (7, 2, 12, 11, 3, 16),
 ]
@@ -86,7 +88,7 @@ def test_conv_under_jit_vmap_and_remat(k, s):
         assert relative_error(f, e) < 1e-5
 
 
-@pytest.mark.parametrize(("k", "s", "i"), [(1, 2, 16), (3, 1, 16), (7, 2, 3)])
+@pytest.mark.parametrize(("k", "s", "i"), [(1, 2, 16), (3, 1, 16), (3, 1, 24), (7, 2, 3)])
 def test_conv_over_a_mesh_equals_one_device(k, s, i):
     mesh = sharding.make_mesh({"data": 8})
     x, kernel = random(16, 8, 8, i), random(k, k, i, 8, seed=1)

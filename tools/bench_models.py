@@ -1,17 +1,23 @@
 """Times encoders beside the same ones of transformers and PyTorch, in one run.
 
-    python tools/bench_models.py --models=resnet50,vit_s16 --batch=8
+    python tools/bench_models.py --models=resnet50,densenet121,vit_s16 --batch=8
     python tools/bench_models.py --models=resnet50 --batch=256 --precision=bf16
+    python tools/bench_models.py --models=resnet50,vit_s16 --batch=8 --remat
 
 Forward is in evaluation mode without gradients; a training step is forward in training mode,
 backward by the parameters, and plain SGD. The two libraries take turns. PyTorch runs on JAX's kind
 of device if it has it (on a GPU in bf16 and compiled), else on the CPU, on all cores, as it is. For
 texts, --size is the number of tokens.
+
+With --remat a training step takes turns with those that compute activations anew in their backward
+pass (`config.model.remat`, with `config.model.scan` or without). The table says what each keeps from
+its forward for its backward pass, what XLA plans for temporary buffers in all, and its time over the
+plain step's.
 """
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -27,12 +33,14 @@ import timing  # noqa: E402  # beside this file
 from bigmed import precision  # noqa: E402
 from bigmed.convert import weights  # noqa: E402
 from bigmed.errors import UserError, did_you_mean  # noqa: E402
+from bigmed.models import densenet  # noqa: E402
 from bigmed.models.catalogue import build, named_models  # noqa: E402
 
 MODELS = flags.DEFINE_list("models", ["resnet50", "vit_s16"], "Published names.")
 BATCH = flags.DEFINE_integer("batch", 8, "Images or texts a step.")
 SIZE = flags.DEFINE_integer("size", 224, "Of the images in pixels, or texts in tokens.")
 PRECISION = flags.DEFINE_enum("precision", "f32", list(precision.COMPUTE_DTYPES), "Of both.")
+REMAT = flags.DEFINE_bool("remat", False, "Compare with recomputed activations, not PyTorch.")
 STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each, after two for warming up.")
 LEARNING_RATE = 1e-3
 
@@ -46,8 +54,22 @@ def inputs_of(module: Any) -> list[np.ndarray]:
     return [rng.random((BATCH.value, SIZE.value, SIZE.value, 3), np.float32)]
 
 
-def ours(module: Any, inputs: list[np.ndarray]) -> dict[str, Callable[[], None]]:
-    """{'forward', 'train'} of our module."""
+class Steps(NamedTuple):
+    """What there is to time of a model.
+
+    Attributes:
+      runs: 'forward' and 'train'.
+      kept: bytes that 'train' keeps from its forward for its backward pass, weights included.
+      temporary: bytes of temporary buffers of 'train'.
+    """
+
+    runs: dict[str, Callable[[], None]]
+    kept: int
+    temporary: int
+
+
+def ours(module: Any, inputs: list[np.ndarray]) -> Steps:
+    """Steps of our module."""
     x = [jnp.asarray(i) for i in inputs]
     variables = jax.jit(lambda *x: module.init(jax.random.key(0), *x, train=False))(*x)
     rest = {k: v for k, v in variables.items() if k != "params"}
@@ -63,38 +85,52 @@ def ours(module: Any, inputs: list[np.ndarray]) -> dict[str, Callable[[], None]]
         return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads), rest
 
     state = [variables["params"], rest]
+    compiled = step.lower(*state, *x).compile()
 
     def train() -> None:
-        state[:] = jax.block_until_ready(step(*state, *x))
+        state[:] = jax.block_until_ready(compiled(*state, *x))
 
-    return {"forward": lambda: jax.block_until_ready(forward(variables, *x)), "train": train}
+    runs = {"forward": lambda: jax.block_until_ready(forward(variables, *x)), "train": train}
+    backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, rest, *x)[0], p)[1], state[0])
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+    return Steps(runs, kept, compiled.memory_analysis().temp_size_in_bytes)
 
 
-def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Callable[[], None]]:
-    """{'forward', 'train'} of the same encoder in transformers."""
-    import torch
+def torch_twin(section: dict, module: Any) -> Any:
+    """The same encoder: of transformers, which has no DenseNet, or written here."""
+    if section["name"] == "densenet":
+        import torch_models  # beside this file
+
+        return torch_models.DenseNet(*densenet.VARIANTS[module.depth])
     import transformers
 
     family = weights.family_of(section, "huggingface")
     shapes = {k: v.shape for k, v in weights.abstract_leaves(module, SIZE.value, 3).items()}
     described = family.describe(module, "huggingface", shapes)
     config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
-    net = getattr(transformers, described["architectures"][0])(config)
+    return getattr(transformers, described["architectures"][0])(config)
+
+
+def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Callable[[], None]]:
+    """{'forward', 'train'} of the same encoder in PyTorch."""
+    import torch
+
+    net = torch_twin(section, module)
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     net = net.to(device)
     half = PRECISION.value == "bf16"
     if inputs[0].ndim == 4:
         net = net.to(memory_format=torch.channels_last)
-        x = {"pixel_values": torch.from_numpy(inputs[0]).permute(0, 3, 1, 2).to(device)}
-    else:
-        names = ("input_ids", "attention_mask")
-        x = {n: torch.from_numpy(i).long().to(device) for n, i in zip(names, inputs, strict=True)}
+        x = [torch.from_numpy(inputs[0]).permute(0, 3, 1, 2).to(device)]
+    else:  # tokens and their mask
+        x = [torch.from_numpy(i).long().to(device) for i in inputs]
     call = torch.compile(net) if device == "cuda" else net
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
 
     def features() -> Any:
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            return call(**x).last_hidden_state.float()
+            out = call(*x)
+        return getattr(out, "last_hidden_state", out).float()
 
     def wait() -> None:
         if device == "cuda":
@@ -116,6 +152,32 @@ def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Ca
     return {"forward": forward, "train": train}
 
 
+def beside_torch(name: str, section: dict, module: Any, inputs: list[np.ndarray]) -> None:
+    """Prints two lines of the table."""
+    mine, other = ours(module, inputs).runs, theirs(section, module, inputs)
+    for mode in ("forward", "train"):
+        seconds = timing.time_in_turns({"a": mine[mode], "b": other[mode]}, STEPS.value)
+        a, b = (statistics.median(seconds[k]) for k in "ab")
+        fastest = min(seconds["b"]) / min(seconds["a"])
+        times = f"{a * 1e3:12.1f}{b * 1e3:12.1f}"
+        print(f"{name:14}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x", flush=True)
+
+
+def beside_remat(name: str, module: Any, inputs: list[np.ndarray]) -> None:
+    """Prints a line of the table for the model as it is and for each way of recomputing."""
+    ways = {"plain": module, "remat": module.clone(remat=True)}
+    if hasattr(module, "scan"):
+        ways |= {"scan": module.clone(scan=True), "scan, remat": module.clone(scan=True, remat=True)}
+    steps = {way: ours(m, inputs) for way, m in ways.items()}
+    runs = {way: step.runs["train"] for way, step in steps.items()}
+    seconds = timing.time_in_turns(runs, STEPS.value)
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    for way, step in steps.items():
+        memory = f"{step.kept / 2**20:12.0f}{step.temporary / 2**20:12.0f}"
+        ratios = (median[way] / median["plain"], min(seconds[way]) / min(seconds["plain"]))
+        print(f"{name:14}{way:12}{memory}" + "".join(f"{r:11.2f}x" for r in ratios), flush=True)
+
+
 def main(argv: list[str]) -> None:
     """Prints a table, a line for each model and mode."""
     del argv
@@ -124,19 +186,18 @@ def main(argv: list[str]) -> None:
         f"{BATCH.value} inputs of size {SIZE.value} a step, {PRECISION.value}, jax "
         f"{jax.__version__} on {jax.devices()[0].device_kind}; medians of {STEPS.value}, in turns"
     )
-    print(f"{'':14}{'':10}{'bigmed, ms':>12}{'PyTorch, ms':>12}{'medians':>12}{'fastest':>12}")
+    columns = ("kept, MiB", "planned, MiB") if REMAT.value else ("bigmed, ms", "PyTorch, ms")
+    header = "".join(f"{column:>12}" for column in (*columns, "medians", "fastest"))
+    print(f"{'':14}{' ' * (12 if REMAT.value else 10)}{header}")
     for name in MODELS.value:
         if name not in named:
             raise UserError(f"--models: '{name}': {did_you_mean(name, named)}")
         module = build(named[name], precision.compute_dtype(PRECISION.value))
         inputs = inputs_of(module)
-        mine, other = ours(module, inputs), theirs(named[name], module, inputs)
-        for mode in ("forward", "train"):
-            seconds = timing.time_in_turns({"a": mine[mode], "b": other[mode]}, STEPS.value)
-            a, b = (statistics.median(seconds[k]) for k in "ab")
-            fastest = min(seconds["b"]) / min(seconds["a"])
-            times = f"{a * 1e3:12.1f}{b * 1e3:12.1f}"
-            print(f"{name:14}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x", flush=True)
+        if REMAT.value:
+            beside_remat(name, module, inputs)
+        else:
+            beside_torch(name, named[name], module, inputs)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""PyTorch twins of the encoders that `bench_train.py` times; test-only, needs the extra `bench`."""
+"""PyTorch twins of encoders for benchmarks and tests; needs the extra `bench` or `test`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,61 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x).mean((2, 3))
+
+
+class DenseLayer(nn.Module):
+    """[B, C, H, W] -> [B, C + growth, H, W]."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        new = self.conv1(functional.relu(self.norm1(x), inplace=True))
+        new = self.conv2(functional.relu(self.norm2(new), inplace=True))
+        return torch.cat([x, new], 1)
+
+
+class Transition(nn.Module):
+    """[B, C, H, W] -> [B, C // 2, H // 2, W // 2]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(self.conv(functional.relu(self.norm(x), inplace=True)), 2)
+
+
+class DenseNet(nn.Module):
+    """[B, 3, S, S] -> [B, D]; parameters have torchvision's names."""
+
+    def __init__(self, growth: int, blocks: Sequence[int]):
+        super().__init__()
+        channels = 2 * growth
+        self.features = nn.Sequential()
+        self.features.add_module("conv0", nn.Conv2d(3, channels, 7, 2, 3, bias=False))
+        self.features.add_module("norm0", nn.BatchNorm2d(channels))
+        self.features.add_module("relu0", nn.ReLU(inplace=True))
+        self.features.add_module("pool0", nn.MaxPool2d(3, 2, padding=1))
+        for b, count in enumerate(blocks, start=1):
+            if b > 1:
+                self.features.add_module(f"transition{b - 1}", Transition(channels))
+                channels //= 2
+            block = nn.Sequential()
+            for i in range(1, count + 1):
+                block.add_module(f"denselayer{i}", DenseLayer(channels, growth))
+                channels += growth
+            self.features.add_module(f"denseblock{b}", block)
+        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.classifier = nn.Linear(channels, 10)  # unused, and left over on import
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(self.features(x), inplace=True).mean((2, 3))
 
 
 class TransformerBlock(nn.Module):

@@ -10,6 +10,8 @@ every shape in a ResNet-50:
                  times as long)
                  the gradient by the kernel: one matrix product for each position of the kernel, or
                  for each of its rows where the input has few channels
+                 to far fewer channels: both gradients are one product each with patches of the
+                 output's gradient
   max-pooling    forwards: XLA's; the gradient: sums of shifted windows, not a scatter
   residual sum   computed once (`once`)
 
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FEW_CHANNELS = 16
+FEWER = 3  # times fewer channels out than in
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
@@ -58,6 +61,8 @@ def grads(
 ) -> tuple[jax.Array, jax.Array]:
     """`conv_grads`, faster on a CPU."""
     if kernel.shape[0] > 1:
+        if strides == 1 and FEWER * kernel.shape[3] <= kernel.shape[2]:
+            return _by_patches_of_output(x, kernel, g)
         by_x = jax.linear_transpose(lambda x: _by_patches(x, kernel, strides), x)(g)[0]
         by_kernel = _by_position if x.shape[-1] >= FEW_CHANNELS else _by_row
         return by_x, by_kernel(x, g, kernel.shape[0], strides)
@@ -130,6 +135,30 @@ def _by_row(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
     g = _rows(g)
     rows = [_outer(_rows(x[:, _window(i, h, strides)]), g) for i in range(k)]
     return jnp.stack(rows).reshape(k, k, c, g.shape[-1])
+
+
+def _by_patches_of_output(
+    x: jax.Array, kernel: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`grads` with stride 1, from patches [B, H, W, k, k, O] of the output's gradient g.
+
+    Patches of x, or x shifted to each position of the kernel, would be I/O times as large. In a
+    DenseNet's step they took half of all temporary memory.
+    """
+    k, _, c, o = kernel.shape
+    h, w = x.shape[1:3]
+    # Both would be computed anew for every position and product.
+    g = once(partial(_padded, k=k), g)
+    shifted = [g[:, i : i + h, j : j + w] for i in range(k)[::-1] for j in range(k)[::-1]]
+    patches = lax.optimization_barrier(jnp.concatenate(shifted, axis=-1))  # P = k * k * O
+    by_x = lax.dot_general(patches, kernel.swapaxes(2, 3).reshape(-1, c), (((3,), (0,)), ((), ())))
+    by_kernel = _outer(_rows(x), _rows(patches))  # NI,NP->IP
+    return by_x, by_kernel.reshape(c, k, k, o).transpose(1, 2, 0, 3)
+
+
+def join(*parts: jax.Array) -> jax.Array:
+    """[..., C_i] of every part -> [..., sum of C_i]."""
+    return jnp.concatenate(parts, axis=-1)
 
 
 def along_channels(vector: jax.Array, x: jax.Array) -> jax.Array:

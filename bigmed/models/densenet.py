@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bigmed.errors import UserError, did_you_mean
-from bigmed.models.layers import BatchNorm, Conv, max_pool_symmetric
+from bigmed.models.layers import BatchNorm, Conv, join, max_pool_symmetric, moments_of
 from bigmed.models.resnet import ConvNorm
 
 # depth -> (growth rate, layers in each block)
@@ -33,12 +33,14 @@ class DenseLayer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, parts: tuple[jax.Array, ...], train: bool) -> jax.Array:
-        """Maps [B, H, W, C_i] of every layer before -> [B, H, W, growth]."""
+    def __call__(
+        self, parts: tuple[jax.Array, ...], moments: tuple[jax.Array, ...], train: bool
+    ) -> jax.Array:
+        """Maps [B, H, W, C_i] of every layer before, and their moments, -> [B, H, W, growth]."""
         # Joined here, inside, so that with remat what is kept for the backward pass grows with the
         # number of layers and not with its square (arXiv 1707.06990).
-        x = jnp.concatenate(parts, axis=-1)
-        x = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(x, train=train))
+        x, known = join(*parts), join(*moments)
+        x = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(x, train=train, moments=known))
         x = Conv(BOTTLENECK * self.growth, 1, dtype=self.dtype, name="conv1")(x)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(x, train=train))
         return Conv(self.growth, 3, dtype=self.dtype, name="conv2")(x)
@@ -55,12 +57,14 @@ class DenseBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C + layers * growth]."""
-        layer_class = nn.remat(DenseLayer, static_argnums=(2,)) if self.remat else DenseLayer
-        parts = (x,)
+        layer_class = nn.remat(DenseLayer, static_argnums=(3,)) if self.remat else DenseLayer
+        # Every layer normalises the same features anew, but their moments stay what they are.
+        parts, moments = (x,), (moments_of(x),)
         for i in range(1, self.layers + 1):
             layer = layer_class(self.growth, self.dtype, name=f"layer{i}")
-            parts += (layer(parts, train),)
-        return jnp.concatenate(parts, axis=-1)
+            new = layer(parts, moments, train)
+            parts, moments = (*parts, new), (*moments, moments_of(new))
+        return join(*parts)
 
 
 class Transition(nn.Module):

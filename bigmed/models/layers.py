@@ -1,5 +1,6 @@
 """Convolution, batch normalisation and pooling, as every convolutional backbone here uses them."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -121,6 +122,32 @@ def _norm_add_relu_backward(saved: tuple, g: jax.Array) -> tuple[jax.Array, ...]
 norm_add_relu.defvjp(_norm_add_relu_forward, _norm_add_relu_backward)
 
 
+def join(*parts: jax.Array) -> jax.Array:
+    """Joins channels: [..., C_i] of every part -> [..., sum of C_i]."""
+    ends = itertools.accumulate(part.shape[-1] for part in parts)
+    return _join(tuple(ends), *parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _join(ends: tuple[int, ...], *parts: jax.Array) -> jax.Array:
+    """`join`; ends: where each part ends in the result."""
+    del ends
+    return lax.platform_dependent(
+        *parts, cpu=partial(conv_cpu.once, conv_cpu.join), default=conv_cpu.join
+    )
+
+
+def _join_forward(ends: tuple[int, ...], *parts: jax.Array) -> tuple[jax.Array, None]:
+    return _join(ends, *parts), None
+
+
+def _join_backward(ends: tuple[int, ...], _: None, g: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.split(g, ends[:-1], axis=-1))
+
+
+_join.defvjp(_join_forward, _join_backward)
+
+
 def avg_pool(x: jax.Array, strides: int) -> jax.Array:
     """2x2 mean for ResNet-D's shortcut (arXiv 1812.01187), as SimCLR v2's code pads it.
 
@@ -149,6 +176,14 @@ class Conv(nn.Module):
         return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
 
 
+def moments_of(x: jax.Array) -> jax.Array:
+    """Mean and variance of every channel over all other axes: [..., C] -> [2, C] float32."""
+    axes = tuple(range(x.ndim - 1))
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axes)
+    return jnp.stack([mean, jnp.maximum(jnp.mean(jnp.square(x32), axes) - jnp.square(mean), 0.0)])
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, momentum 0.9, epsilon 1e-5.
 
@@ -170,11 +205,17 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool, residual: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        residual: jax.Array | None = None,
+        moments: jax.Array | None = None,
     ) -> jax.Array:
         """[..., C] -> [..., C]; updates the collection `batch_stats` (`mean`, `var`) if `train`.
 
-        With a `residual` of x's shape the result is relu(normalised x + residual).
+        With a `residual` of x's shape the result is relu(normalised x + residual). `moments` are
+        x's, [2, C] float32, where they are known already (see `moments_of`).
         """
         c = x.shape[-1]
         init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
@@ -184,10 +225,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
         mean, var = running_mean.value, running_var.value
         if train:
-            axes = tuple(range(x.ndim - 1))
-            x32 = x.astype(jnp.float32)
-            mean = jnp.mean(x32, axes)
-            var = jnp.maximum(jnp.mean(jnp.square(x32), axes) - jnp.square(mean), 0.0)
+            mean, var = moments_of(x) if moments is None else moments
             if not self.is_initializing():
                 keep = self.MOMENTUM
                 running_mean.value = keep * running_mean.value + (1 - keep) * mean
