@@ -9,10 +9,10 @@ backward by the parameters, and plain SGD. The two libraries take turns. PyTorch
 of device if it has it (on a GPU in bf16 and compiled), else on the CPU, on all cores, as it is. For
 texts, --size is the number of tokens.
 
-With --remat a training step takes turns with those that compute activations anew in their backward
-pass (`config.model.remat`, with `config.model.scan` or without). The table says what each keeps from
-its forward for its backward pass, what XLA plans for temporary buffers in all, and its time over the
-plain step's.
+With --remat a training step takes turns with those that compute activations anew in their
+backward pass (`config.model.remat`, with `config.model.scan` or without). The table says what each
+keeps from its forward for its backward pass, what XLA plans for temporary buffers in all, and its
+time over the plain step's.
 """
 
 import statistics
@@ -167,7 +167,8 @@ def beside_remat(name: str, module: Any, inputs: list[np.ndarray]) -> None:
     """Prints a line of the table for the model as it is and for each way of recomputing."""
     ways = {"plain": module, "remat": module.clone(remat=True)}
     if hasattr(module, "scan"):
-        ways |= {"scan": module.clone(scan=True), "scan, remat": module.clone(scan=True, remat=True)}
+        ways["scan"] = module.clone(scan=True)
+        ways["scan, remat"] = module.clone(scan=True, remat=True)
     steps = {way: ours(m, inputs) for way, m in ways.items()}
     runs = {way: step.runs["train"] for way, step in steps.items()}
     seconds = timing.time_in_turns(runs, STEPS.value)
@@ -186,7 +187,7 @@ def main(argv: list[str]) -> None:
         f"{BATCH.value} inputs of size {SIZE.value} a step, {PRECISION.value}, jax "
         f"{jax.__version__} on {jax.devices()[0].device_kind}; medians of {STEPS.value}, in turns"
     )
-    columns = ("kept, MiB", "planned, MiB") if REMAT.value else ("bigmed, ms", "PyTorch, ms")
+    columns = ("kept, MiB", "plan, MiB") if REMAT.value else ("bigmed, ms", "PyTorch, ms")
     header = "".join(f"{column:>12}" for column in (*columns, "medians", "fastest"))
     print(f"{'':14}{' ' * (12 if REMAT.value else 10)}{header}")
     for name in MODELS.value:
