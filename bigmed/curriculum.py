@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bigmed import augment, checkpoint, lineage, metrics, pictures, sharding, sweep, train, tree
-from bigmed.convert import weights as foreign
+from bigmed import augment, handover, lineage, metrics, pictures, sharding, sweep, train
 from bigmed.data.card import card
 from bigmed.errors import Preempted, UserError, did_you_mean
 from bigmed.evaluation import check_held_out, make_evaluator, run_cells
@@ -107,34 +106,12 @@ def _make_ready(
     An evaluator comes with what all of its rows say.
     """
     stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
-    source = stage_config.init_from
     earlier = config.stages[: config.stages.index(entry["name"])]
-    if source.stage and source.stage not in earlier:
-        raise UserError(
-            f"config.stage.{entry['name']}.init_from.stage='{source.stage}' is no earlier stage; "
-            f"{did_you_mean(source.stage, earlier)}"
-        )
-    given = [key for key in ("stage", "checkpoints", "weights") if source[key]]
-    given += ["text_weights"] if source.text_weights and given != ["weights"] else []
-    if len(given) > 1 or (source.load and not given):
-        raise UserError(
-            f"config.stage.{entry['name']}.init_from has {' and '.join(given) or 'no source'}; "
-            "give one of stage (an earlier one), checkpoints (of a stage of another run) and "
-            "weights (a folder of tools/import_weights.py, or a foreign file and its naming) and "
-            "text_weights (such a folder)"
-        )
-    if source.naming and not source.weights:
-        raise UserError(
-            f"init_from.naming='{source.naming}' is of init_from.weights, which is empty"
-        )
+    handover.check(stage_config.init_from, entry["name"], earlier)
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
-    if given and not source.stage and not stage.checkpoints.is_dir():
-        if source.checkpoints and not pathlib.Path(source.checkpoints).is_dir():
-            raise UserError(f"init_from.checkpoints: no folder {source.checkpoints}")
-        weights, load, skip, _ = _handed_over(stage, record, workdir)
-        abstract = {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
-        tree.merge(abstract, weights, load, skip)  # refuses what does not fit, before anything runs
+    if not stage_config.init_from.stage and not stage.checkpoints.is_dir():
+        handover.check_fit(stage, handover.take(stage, record))
     missing = record.not_evaluated(entry, cells)
     names = dict.fromkeys(cell.evaluator for cell in missing)
     seen = lineage.trace(config, entry["name"], stage, workdir) if names else None
@@ -162,9 +139,11 @@ def _run_entry(
     """Trains or continues a stage, evaluates it, then draws its pictures if asked to."""
     state = train.restore(stage)
     if state is None:
-        weights, load, skip, origin = _handed_over(stage, record, workdir)
-        state = train.fresh(stage, weights, load, skip)
-        record.update(entry, state="running", init_from=origin)
+        given = handover.take(stage, record)
+        for line in given.left_over:
+            log.info("%s: %s", stage.label, line)
+        state = train.fresh(stage, given.weights, given.load, given.skip)
+        record.update(entry, state="running", init_from=given.told)
     record.update(entry, encoder=_describe_encoder(stage.config), saw=lineage.own_splits(stage))
     log.info(
         "%s: %s parameters, %s, steps %d to %d",
@@ -242,100 +221,3 @@ def _describe_encoder(config: ConfigDict) -> dict[str, Any]:
         "batch_size": config.data.batch_size,
         "sources": sorted(config.data.sources),
     }
-
-
-def _handed_over(
-    stage: train.Stage, record: Record, workdir: pathlib.Path
-) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any] | None]:
-    """(weights, load patterns, skip patterns, what the record says) of a stage's `init_from`.
-
-    Without patterns, what the objective calls worth carrying is taken, where the source has it.
-    """
-    source = stage.config.init_from
-    if source.weights or source.text_weights:
-        weights, origin = _foreign(stage)
-        modules = dict.fromkeys(name.split("/")[1] for name in weights)
-        carried = tuple(f"(params|batch_stats)/{module}/.*" for module in modules)
-    elif source.checkpoints or source.stage:
-        folder, step = pathlib.Path(source.checkpoints), None
-        if source.stage:
-            last = record.weights_of(source.stage, stage.config.seed)
-            folder, step = last.parent, int(last.name)
-        weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
-        if step not in (None, meta["step"]):
-            raise UserError(
-                f"the last checkpoint of {folder.parent.name} is torn and has been set aside; "
-                "run the same command again to train its end anew"
-            )
-        origin, carried = f"{folder.parent.name}/{meta['step']}", stage.objective.TRANSFER
-    else:
-        return {}, (), (), None
-    here = tree.flatten(
-        {"params": stage.abstract.params, "batch_stats": stage.abstract.batch_stats}
-    )
-    load = tuple(source.load) or tuple(
-        pattern
-        for pattern in carried
-        if all(any(tree.matches((pattern,), name) for name in names) for names in (here, weights))
-    )
-    if not load:
-        raise UserError(f"init_from: {origin} has no weights that this objective carries over")
-    told = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
-    told |= {"naming": source.naming} if source.naming else {}
-    return weights, load, tuple(source.skip), told
-
-
-def _foreign(stage: train.Stage) -> tuple[dict[str, Any], str]:
-    """`init_from.weights` and `.text_weights` as leaves of this stage, and their names.
-
-    Raises:
-      UserError: see `convert.weights`; the weights are of another model, image size or channels.
-    """
-    source, leaves = stage.config.init_from, {}
-    if source.weights:
-        leaves |= _placed(_foreign_encoder(stage, pathlib.Path(source.weights)), "backbone")
-    if source.text_weights:
-        tower = getattr(stage.objective, "text", None)
-        if tower is None:
-            raise UserError(
-                f"init_from.text_weights: objective '{stage.config.objective.name}' has no text "
-                "tower"
-            )
-        path = pathlib.Path(source.text_weights)
-        found = foreign.load(path)
-        how_used = ("pool", "pool_special", "dropout")  # which a BERT's weights do not say
-        foreign.check_same_model(found.model, tower, path, "text_model", how_used)
-        leaves |= _placed(found, "text")
-    names = [pathlib.Path(path).name for path in (source.weights, source.text_weights) if path]
-    return leaves, " and ".join(names)
-
-
-def _placed(found: Any, module: str) -> dict[str, Any]:
-    """The leaves of foreign weights under the name that the module has in a state."""
-    return {
-        f"{collection}/{module}/{rest}": leaf
-        for path, leaf in found.leaves.items()
-        for collection, _, rest in [path.partition("/")]
-    }
-
-
-def _foreign_encoder(stage: train.Stage, path: pathlib.Path) -> Any:
-    source, config = stage.config.init_from, stage.config
-    form = {"size": config.augment.size, "channels": config.data.channels}
-    if source.naming:
-        return foreign.import_weights(path, source.naming, config.model, **form)
-    found = foreign.load(path)
-    foreign.check_same_model(found.model, stage.objective.backbone, path)
-    for key, value in form.items():
-        if getattr(found, key) != value:
-            raise UserError(
-                f"{path} was imported with {key}={getattr(found, key)} and this stage has "
-                f"{value}; import it again with --{key}={value}"
-            )
-    expected = config.augment.normalize or "none"
-    if found.normalize != expected:
-        raise UserError(
-            f"{path} takes images with normalize='{found.normalize}' but "
-            f"config.augment.normalize='{expected}'; set it to '{found.normalize}'"
-        )
-    return found

@@ -235,10 +235,19 @@ def init_from(stage: str = "", checkpoints: str = "", weights: str = "", **more)
     """Where a stage's weights come from: one of three.
 
     An earlier stage; a folder of checkpoints; or foreign weights, a folder of
-    tools/import_weights.py, or, with their `naming`, a file as it is. `text_weights` is such a
-    folder for the text tower.
+    tools/import_weights.py, or, with their `naming`, what that tool reads. `text_weights` is the
+    same for the text tower, whose `text_naming` and `text_prefix` it has.
     """
-    known = {"naming": "", "text_weights": "", "load": (), "skip": ()}
+    known = {
+        "naming": "",
+        "prefix": placeholder(str),  # within the file; None: found out
+        "text_weights": "",
+        "text_naming": "",
+        "text_prefix": placeholder(str),
+        "allow_pickle": False,  # of files that you trust
+        "load": (),
+        "skip": (),
+    }
     return ConfigDict(
         {"stage": stage, "checkpoints": checkpoints, "weights": weights, **known, **more}
     )

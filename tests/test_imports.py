@@ -10,24 +10,29 @@ LAYERS = (
     ("errors", "tree", "resolve", "precision", "image_ops", "host_memory", "places"),
     (
         *("losses", "tiled", "tiles", "augment", "optim"),
-        *("sharding", "checkpoint", "metrics", "statistics"),
+        *("sharding", "checkpoint", "networks", "metrics", "statistics"),
         *("classification", "calibration", "comparison", "efficiency"),
     ),
     ("models", "data"),
     ("objectives", "evaluators", "report", "convert", "sweep"),
     ("state", "step", "validation", "recorder", "record"),
-    ("train", "nested", "stages", "lineage", "evaluation", "pictures", "curriculum"),
+    (
+        *("train", "nested", "stages", "lineage", "handover", "evaluation", "pictures"),
+        "curriculum",
+    ),
     ("main",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Down within one layer.
 INSIDE = {
-    "curriculum": ("train", "evaluation", "lineage", "stages", "pictures"),
+    "curriculum": ("train", "evaluation", "handover", "lineage", "stages", "pictures"),
+    "handover": ("train",),
     "evaluation": ("train", "nested", "lineage"),
     "lineage": ("train", "stages"),
     "pictures": ("train",),
     "nested": ("train",),
     "checkpoint": ("sharding",),
+    "networks": ("checkpoint",),
     "losses": ("tiled", "sharding"),
     "tiled": ("tiles",),
     "tiles": ("sharding",),

@@ -15,12 +15,11 @@ alone, by PyTorch in a process of its own. Every tensor of the source is used or
 over; a leaf that the source does not have is an error.
 
 Then: --config.init_from.weights=DIR (with the same --config.model, size, channels and normalize),
-or tools/extract_features.py --model DIR.
+or tools/extract_features.py --model DIR. A stage also starts from the source itself:
+--config.init_from.weights=SRC --config.init_from.naming=FROM, with .prefix and .allow_pickle.
 """
 
-import itertools
 import pathlib
-import re
 import sys
 
 import command  # beside this file
@@ -43,14 +42,10 @@ SIZE = flags.DEFINE_integer("size", 224, "Of the images; position codes are resa
 CHANNELS = flags.DEFINE_integer("channels", 3, "Of the images, 1 or 3; the stem is refolded.")
 PREFIX = flags.DEFINE_string("prefix", None, "The nest that holds the model; else found out.")
 ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "Read a pickle that you trust.")
-# How the name of a layer's weight ends.
-WEIGHTS = ("weight", "bias", "running_mean", "running_var", "kernel", "gamma", "beta")
-WEIGHTS += ("moving_mean", "moving_variance")
-SHOWN = 5  # leaves that the source lacks
 
 
 def _import() -> None:
-    from bigmed.convert import weights
+    from bigmed.convert import foreign, weights
     from bigmed.models.catalogue import named_models
 
     named = named_models()
@@ -58,7 +53,7 @@ def _import() -> None:
         raise UserError(f"--model={MODEL.value}: {did_you_mean(MODEL.value, named)}")
     weights.check_out(pathlib.Path(OUT.value))
     source = pathlib.Path(SRC.value)
-    found = weights.import_weights(
+    found = foreign.take(
         source,
         FROM.value,
         named.get(MODEL.value),
@@ -68,41 +63,14 @@ def _import() -> None:
         prefix=PREFIX.value,
         allow_pickle=ALLOW_PICKLE.value,
     )
-    if found.fresh:
-        raise UserError(
-            f"{source} lacks {len(found.fresh)} leaves of the model: {_shown(found.fresh)}"
-        )
     origin = {"file": source.name, "sha256": weights.sha256(source), "naming": FROM.value}
+    origin |= {} if PREFIX.value is None else {"prefix": PREFIX.value}
     weights.save(found, pathlib.Path(OUT.value), origin)
     count = sum(leaf.size for leaf in found.leaves.values())
     print(f"{OUT.value}: {len(found.leaves)} leaves, {count:,} numbers, of {found.model}")
-    if found.left_over:
-        print(f"left over: {len(found.left_over)} tensors: {_grouped(found.left_over)}")
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + more
-
-
-def _grouped(names: tuple[str, ...]) -> str:
-    """'module.encoder_k.layer1.0.bn1.bias' is one of 'module.encoder_k...'; a few stand alone.
-
-    Names that end as no layer's weight does, such as an optimiser's, are apart from those that do.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        separator = "/" if "/" in name else "."
-        *parts, last = name.split(separator)
-        kept = itertools.takewhile(lambda part: not re.search(r"\d", part), parts)
-        start = separator.join(itertools.islice(kept, 1 if separator == "/" else 2))
-        end = "" if last in WEIGHTS else f"{separator}{last}"
-        groups.setdefault(f"{start}...{end}", []).append(name)
-    shown = []
-    for group, members in groups.items():
-        few = len(members) <= 2
-        shown += [f"'{name}'" for name in members] if few else [f"{len(members)} of '{group}'"]
-    return ", ".join(shown)
+    left_over = foreign.describe_left_over(found)
+    if left_over:
+        print(f"left over: {left_over}")
 
 
 if __name__ == "__main__":

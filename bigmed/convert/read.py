@@ -56,7 +56,8 @@ def read_tensors(path: pathlib.Path, *, allow_pickle: bool = False) -> dict[str,
         if not allow_pickle:
             raise UserError(
                 f"{path} is a pickle, which can run code when it is read; get the weights as "
-                ".safetensors, or, if you trust it, tools/import_weights.py --allow_pickle"
+                ".safetensors, or, if you trust it, ask with --allow_pickle "
+                "(init_from.allow_pickle=True)"
             )
         tensors = _read_pickle(path)
     else:
@@ -192,14 +193,15 @@ def _find_prefix(tensors: Mapping[str, np.ndarray], wanted: set[str]) -> str:
         shown = ", ".join(f"'{name}'" for name in sorted(tensors)[:3])
         raise UserError(
             f"none of the model's tensors is in the file, which holds {shown} ...; "
-            "is it of this model, and in the naming that --from says?"
+            "is it of this model, and in the naming that --from (init_from.naming) says?"
         )
     most = max(counts.values())
     best = sorted(prefix for prefix, count in counts.items() if count == most)
     if len(best) > 1:
         raise UserError(
             f"the file holds {len(best)} copies of the model, below "
-            f"{', '.join(repr(prefix) for prefix in best)}; choose one with --prefix"
+            f"{', '.join(repr(prefix) for prefix in best)}; choose one with --prefix "
+            "(init_from.prefix)"
         )
     return best[0]
 
