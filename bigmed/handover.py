@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bigmed import checkpoint, train, tree
+from bigmed import networks, train, tree
 from bigmed.convert import foreign
 from bigmed.convert import weights as ours
 from bigmed.errors import UserError, did_you_mean
@@ -18,7 +18,9 @@ _NEEDS = {
     "prefix": ("naming",),
     "text_prefix": ("text_naming",),
     "allow_pickle": ("naming", "text_naming"),
+    "network": ("stage", "checkpoints"),
 }
+_UNSET = (None, "", False, networks.STUDENT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,9 @@ def check(source: Any, name: str, earlier: Sequence[str]) -> None:
             "weights, text_weights or both (folders of tools/import_weights.py, or foreign files "
             "and their naming, text_naming)"
         )
+    networks.check(source.network, f"{where}.network")
     for key, of in _NEEDS.items():
-        if source[key] not in (None, "", False) and not any(source[other] for other in of):
+        if source[key] not in _UNSET and not any(source[other] for other in of):
             needed = " or ".join(f"init_from.{other}" for other in of)
             raise UserError(f"init_from.{key}={source[key]!r} is of {needed}, which is empty")
 
@@ -96,13 +99,9 @@ def take(stage: train.Stage, record: Record) -> Handover:
         if source.stage:
             last = record.weights_of(source.stage, stage.config.seed)
             folder, step = last.parent, int(last.name)
-        weights, meta = checkpoint.load_flat(folder, ("(params|batch_stats)/.*",))
-        if step not in (None, meta["step"]):
-            raise UserError(
-                f"the last checkpoint of {folder.parent.name} is torn and has been set aside; "
-                "run the same command again to train its end anew"
-            )
-        origin, carried = f"{folder.parent.name}/{meta['step']}", stage.objective.TRANSFER
+        weights, step = networks.load(folder, source.network, step=step)
+        origin, carried = f"{folder.parent.name}/{step}", stage.objective.TRANSFER
+        origin += "" if source.network == networks.STUDENT else f", its {source.network}"
     else:
         return Handover({})
     here = tree.flatten(_abstract(stage))
@@ -114,7 +113,7 @@ def take(stage: train.Stage, record: Record) -> Handover:
     if not load:
         raise UserError(f"init_from: {origin} has no weights that this objective carries over")
     told = {"checkpoint": origin, "load": list(load), "skip": list(source.skip)}
-    told |= {key: source[key] for key in _NEEDS if source[key] not in (None, "", False)}
+    told |= {key: source[key] for key in _NEEDS if source[key] not in _UNSET}
     return Handover(weights, load, tuple(source.skip), told, left_over)
 
 

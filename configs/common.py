@@ -239,6 +239,7 @@ def init_from(stage: str = "", checkpoints: str = "", weights: str = "", **more)
     same for the text tower, whose `text_naming` and `text_prefix` it has.
     """
     known = {
+        "network": "student",  # or 'teacher', of a stage or checkpoints that have one
         "naming": "",
         "prefix": placeholder(str),  # within the file; None: found out
         "text_weights": "",

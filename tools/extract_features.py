@@ -4,7 +4,8 @@
     python tools/extract_features.py --model RUN --stage 02_micle --data DATASET --split test \
         --out features.npz
 
---model is a folder of tools/import_weights.py or a run's workdir. --data is a folder of JPEG, PNG
+--model is a folder of tools/import_weights.py or a run's workdir, of which --network teacher takes
+the moving average of the network, where its objective has one. --data is a folder of JPEG, PNG
 and TIFF files (searched through), or one of tools/prepare_dataset.py. The file holds `features`
 float32 [N, D]; and `names`, the files' places in the folder, or `records`, their numbers in the
 split, and `labels` where there are any. It is yours to keep safe: names may tell who someone is.
@@ -22,6 +23,10 @@ from bigmed.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "Where the weights are.")
 STAGE = flags.DEFINE_string("stage", None, "Of a run that has several.")
+NETWORK = flags.DEFINE_enum(
+    "network", "student", ["student", "teacher"],
+    "Of a run: the one that was trained, or its moving average (C2L, MoCo, BYOL, MoCo v3).",
+)  # fmt: skip
 DATA = flags.DEFINE_string("data", None, "Where the images are.")
 SPLIT = flags.DEFINE_string("split", "train", "Of a prepared data set.")
 OUT = flags.DEFINE_string("out", None, "The .npz to write.")
@@ -43,7 +48,7 @@ def _extract() -> None:
         raise UserError(f"--data: no folder {data}")
     if pathlib.Path(OUT.value).is_dir():
         raise UserError(f"--out {OUT.value} is a folder; give a file")
-    encoder = Encoder.load(MODEL.value, STAGE.value)
+    encoder = Encoder.load(MODEL.value, STAGE.value, NETWORK.value)
     prepared = (data / "dataset_info.json").is_file()
     batches, beside = (_of_dataset if prepared else _of_folder)(data, encoder)
     total = len(next(iter(beside.values())))

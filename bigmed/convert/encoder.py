@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmed import augment, tree
+from bigmed import augment, networks, tree
 from bigmed.convert import export
 from bigmed.convert import weights as ours
 from bigmed.errors import UserError
@@ -43,18 +43,30 @@ class Encoder:
         self._embed = jax.jit(embed)
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path, stage: str | None = None) -> "Encoder":
+    def load(
+        cls,
+        folder: str | pathlib.Path,
+        stage: str | None = None,
+        network: str = networks.STUDENT,
+    ) -> "Encoder":
         """From a folder of tools/import_weights.py, or a run's workdir and one of its stages.
+
+        Args:
+          folder: of either.
+          stage: of a run that has several.
+          network: of a run: 'student', or 'teacher' where its objective has one.
 
         Raises:
           UserError: it is neither; or see `export.from_run` and `weights.load`.
         """
         folder = pathlib.Path(folder)
         if (folder / ours.DESCRIPTION).is_file():
-            if stage is not None:
-                raise UserError(f"{folder} has no stages: it is of tools/import_weights.py")
+            if stage is not None or network != networks.STUDENT:
+                raise UserError(
+                    f"{folder} is of tools/import_weights.py: it has no stages, and one network"
+                )
             return cls(ours.load(folder))
-        return cls(export.from_run(folder, stage)[0])
+        return cls(export.from_run(folder, stage, network)[0])
 
     def __call__(self, images: np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
         """Features of a batch.

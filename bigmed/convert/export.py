@@ -7,27 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from bigmed import augment, checkpoint
+from bigmed import augment, networks
 from bigmed.convert import mapping
 from bigmed.convert import weights as ours
 from bigmed.errors import UserError, did_you_mean
 from bigmed.models.catalogue import build
 
 
-def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weights, dict]:
+def from_run(
+    workdir: pathlib.Path, stage: str | None = None, network: str = networks.STUDENT
+) -> tuple[ours.Weights, dict]:
     """The encoder of a stage of a run, and what is known of its training.
 
     Args:
       workdir: of the run.
       stage: the folder of a stage, '02_micle'; None where one alone is done.
+      network: one of `networks.NETWORKS`.
 
     Returns:
-      (weights, facts): facts are `stage`, `seed`, `steps`, `init_from` (the stage or file that the
-      weights were taken from), `objective`, `batch_size`, `sources`, `git_commit`,
-      `config_sha256` and `results`, the rows that were measured on the stage.
+      (weights, facts): facts are `stage`, `seed`, `network`, `steps`, `init_from` (the stage or
+      file that the weights were taken from), `objective`, `batch_size`, `sources`, `git_commit`,
+      `config_sha256` and `results`, the rows that were measured on this network of the stage.
 
     Raises:
-      UserError: no run there, no such stage, or one that has no whole checkpoint.
+      UserError: no run there, no such stage, or one that has no whole checkpoint, or no such
+        network in it.
     """
     workdir = pathlib.Path(workdir)
     try:
@@ -47,12 +51,9 @@ def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weig
     if encoder is None:
         raise UserError(f"{workdir}: an older version made '{stage}' and did not note its model")
     kept = pathlib.Path(workdir, stage, done[stage]["weights"])  # the last or the best checkpoint
-    flat, meta = checkpoint.load_flat(kept.parent, ("(params|batch_stats)/backbone/.*",))
-    if str(meta["step"]) != kept.name:
-        raise UserError(
-            f"the last checkpoint of '{stage}' is torn; run the same command again to train its "
-            "end anew"
-        )
+    flat, step = networks.load(
+        kept.parent, network, step=int(kept.name), patterns=("(params|batch_stats)/backbone/.*",)
+    )
     weights = ours.Weights(
         **{key: encoder[key] for key in ours.FORM},
         leaves={name.replace("/backbone/", "/", 1): leaf for name, leaf in flat.items()},
@@ -62,14 +63,27 @@ def from_run(workdir: pathlib.Path, stage: str | None = None) -> tuple[ours.Weig
     key = {"stage": done[stage]["name"], "seed": done[stage]["seed"]}
     facts = {
         **key,
+        "network": network,
         **{name: encoder[name] for name in ("objective", "batch_size", "sources")},
-        "steps": meta["step"],
+        "steps": step,
         "init_from": (done[stage].get("init_from") or {}).get("checkpoint"),
         "git_commit": described["git_commit"],
         "config_sha256": ours.sha256(workdir / "config.json"),
-        "results": [row for row in rows if all(row[k] == v for k, v in key.items())],
+        "results": [
+            row
+            for row in rows
+            if all(row[k] == v for k, v in key.items())
+            and _measured(described["config"], row["evaluator"]) == network
+        ],
     }
     return weights, facts
+
+
+def _measured(config: Mapping[str, Any], evaluator: str) -> str:
+    """Which network of a stage an evaluator of its run measures."""
+    section = config.get("evaluator", {}).get(evaluator, {})
+    is_teacher = section.get("representation") == networks.TEACHER
+    return networks.TEACHER if is_teacher else networks.STUDENT
 
 
 def export(
@@ -157,6 +171,8 @@ def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, lic
     mean, deviation = pixel_moments(weights)
     pixels = f"pixels in [0, 1], less {mean}, divided by {deviation}"
     trained = f"{facts['objective']}, {facts['steps']} steps of {facts['batch_size']}"
+    if facts["network"] == networks.TEACHER:
+        trained += ", of which this is the teacher, a moving average of what was trained"
     lines = [
         "---",
         f"license: {licence}",

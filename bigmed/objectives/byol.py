@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigmed import augment, losses
+from bigmed import augment, losses, networks
 from bigmed.models import heads
 from bigmed.objectives import base, momentum
 
@@ -101,8 +101,8 @@ class Objective(momentum.Objective):
         """Views [B, 2, S, S, C] -> features; each view is a pass with statistics of its own."""
         del key
         followers, stats = jax.lax.stop_gradient(extra["teacher"]), batch_stats
-        found: dict[str, list[jax.Array]] = {"backbone": [], momentum.teacher("backbone"): []}
-        for name, weights in (("backbone", params), (momentum.teacher("backbone"), followers)):
+        found: dict[str, list[jax.Array]] = {"backbone": [], networks.teacher("backbone"): []}
+        for name, weights in (("backbone", params), (networks.teacher("backbone"), followers)):
             for view in range(2):
                 features, stats = base.apply(
                     name, self.backbone, weights, stats, views[:, view], train
@@ -124,7 +124,7 @@ class Objective(momentum.Objective):
                 "head", self.head, params, stats, outputs.student[:, view], train
             )
             p, stats = base.apply("predictor", self.predictor, params, stats, z, train)
-            name, features = momentum.teacher("head"), outputs.teacher[:, view]
+            name, features = networks.teacher("head"), outputs.teacher[:, view]
             target, stats = base.apply(name, self.head, followers, stats, features, train)
             projections.append(z)
             predictions.append(p)

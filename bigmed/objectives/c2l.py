@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigmed import losses
+from bigmed import losses, networks
 from bigmed.errors import UserError, did_you_mean
 from bigmed.models import heads
 from bigmed.objectives import base, momentum
@@ -118,7 +118,7 @@ class Objective(momentum.Objective):
             return self._encode("backbone", params, stats, inputs[:, view], train)
 
         def teacher(view: int, stats: Any) -> tuple[jax.Array, Any]:
-            name, images = momentum.teacher("backbone"), inputs[:, view]
+            name, images = networks.teacher("backbone"), inputs[:, view]
             if self.config["bn_groups"] == 1 or not train:
                 return self._encode(name, followers, stats, images, train)
             features, stats = self._encode(name, followers, stats, images[shuffle], train)
@@ -147,7 +147,7 @@ class Objective(momentum.Objective):
                 return None
             return self.head.apply({"params": weights}, features, train=True)[0]
 
-        followers = jax.lax.stop_gradient(extra["teacher"][momentum.teacher("head")])
+        followers = jax.lax.stop_gradient(extra["teacher"][networks.teacher("head")])
         query, mixed_query = (
             project(params["head"], f) for f in (outputs.query, outputs.mixed_query)
         )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigmed import augment
+from bigmed import augment, networks
 from bigmed.errors import UserError
 from bigmed.objectives import base
 
@@ -46,12 +46,12 @@ class Objective(base.Objective):
         self, params: Mapping[str, Any], stats: Mapping[str, Any], *names: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(all batch statistics, the teacher's parameters): copies of the named modules'."""
-        own = {teacher(name): stats[name] for name in names if name in stats}
-        return {**stats, **own}, {teacher(name): params[name] for name in names}
+        own = {networks.teacher(name): stats[name] for name in names if name in stats}
+        return {**stats, **own}, {networks.teacher(name): params[name] for name in names}
 
     def handed_over(self, params: Any, batch_stats: Any, extra: Any) -> tuple[Any, Any]:
         """The teacher begins as the student that was handed over."""
-        names = [student(name) for name in extra["teacher"]]
+        names = [networks.student(name) for name in extra["teacher"]]
         stats, followers = self.with_teacher(params, batch_stats, *names)
         # copies: the step is given the state's buffers, each once
         copied = {name: jax.tree.map(jnp.copy, stats[name]) for name in followers if name in stats}
@@ -61,7 +61,9 @@ class Objective(base.Objective):
         """theta_t <- m theta_t + (1 - m) theta_s, with the student's updated parameters."""
         m = self.momentum(step)
         return {
-            name: jax.tree.map(lambda t, s: m * t + (1 - m) * s, own, params[student(name)])
+            name: jax.tree.map(
+                lambda t, s: m * t + (1 - m) * s, own, params[networks.student(name)]
+            )
             for name, own in followers.items()
         }
 
@@ -81,20 +83,10 @@ class Objective(base.Objective):
                 self.augmentation, batch["image"][:, 0], batch["box"][:, 0]
             )
             weights = state.extra["teacher"]
-            name = teacher("backbone")
+            name = networks.teacher("backbone")
             return base.apply(name, self.backbone, weights, state.batch_stats, images, False)[0]
 
         return {**super().predict_fns(), "teacher": of_teacher}
-
-
-def teacher(name: str) -> str:
-    """The name of a module's teacher."""
-    return f"teacher_{name}"
-
-
-def student(name: str) -> str:
-    """Undoes `teacher`."""
-    return name.removeprefix("teacher_")
 
 
 # ---------------------------------------------------------------------------------------- the queue
