@@ -1,4 +1,4 @@
-"""Packaging of bigmed: `pip install -e .`; extras cuda, tpu, tf, test, bench."""
+"""Packaging of bigmed: `pip install -e .`; extras cuda, tpu, tf, test, timm, bench."""
 
 import pathlib
 
@@ -50,6 +50,8 @@ setup(
             "statsmodels>=0.14",
             "torch>=2.4,<2.14",  # the oracle of encoders and weights
         ],
+        # tests/test_timm.py alone: torchvision, which timm needs, fixes the version of torch
+        "timm": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "timm>=1.0"],
         "bench": ["torch>=2.4"],
     },
 )

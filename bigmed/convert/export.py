@@ -113,8 +113,9 @@ def export(
     if naming != "npz":
         described = family.describe(module, naming, shapes)
         if "pretrained_cfg" in described:
-            mean, std = pixel_moments(weights)
-            described["pretrained_cfg"] |= {"mean": mean, "std": std}
+            described["pretrained_cfg"] |= _timm_pixels(
+                weights, described["model_args"]["in_chans"]
+            )
         files["config.json"] = described
         if naming == "huggingface" and "num_channels" in described:
             files["preprocessor_config.json"] = _preprocessor(weights, described["num_channels"])
@@ -133,6 +134,24 @@ def pixel_moments(weights: ours.Weights) -> tuple[list[float], list[float]]:
     mean, deviation = augment.moments(weights.normalize, weights.channels)
     joined = mean + deviation * inner_mean, deviation * inner_deviation
     return tuple([round(float(x), 6) for x in values] for values in joined)
+
+
+def _timm_pixels(weights: ours.Weights, channels: int) -> dict[str, Any]:
+    """`augment.eval_transform` as timm's `create_transform` reads it; see `_preprocessor`.
+
+    Args:
+      weights: of the encoder.
+      channels: of the exported network, which may be 3 for grey images.
+    """
+    mean, deviation = pixel_moments(weights)
+    repeat = channels // len(mean)
+    return {
+        "input_size": [channels, weights.size, weights.size],
+        "crop_pct": weights.eval_crop,
+        "interpolation": "bicubic",
+        "mean": mean * repeat,
+        "std": deviation * repeat,
+    }
 
 
 def _preprocessor(weights: ours.Weights, channels: int) -> dict[str, Any]:
@@ -185,6 +204,7 @@ def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, lic
         "",
         f"- model: `{json.dumps(weights.model)}`",
         f"- input: {image}, {pixels}",
+        *_how_to_load(weights, naming),
         f"- trained: {trained if facts['steps'] else 'not at all'}, seed {facts['seed']}",
         f"- started from: {facts['init_from'] or 'random weights'}",
         f"- data: {', '.join(facts['sources'])}",
@@ -192,6 +212,16 @@ def model_card(weights: ours.Weights, facts: Mapping[str, Any], naming: str, lic
         "",
     ]
     return "\n".join(lines + _results(facts["results"]))
+
+
+def _how_to_load(weights: ours.Weights, naming: str) -> list[str]:
+    if naming != "timm":
+        return []
+    features = "model(pixels)"
+    if weights.model.get("distillation"):  # of which model(pixels) is the mean over two tokens
+        features = "model.forward_features(pixels)[:, 0]"
+    create = "timm.create_model('local-dir:FOLDER', pretrained=True).eval()"
+    return [f"- features: `model = {create}`, then `{features}`"]
 
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> list[str]:

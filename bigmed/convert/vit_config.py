@@ -157,10 +157,7 @@ def _describe_timm(model: vit.Model, image_size: int, channels: int) -> dict[str
         "num_features": model.feature_dim,
         "global_pool": "avg" if model.pool == "gap" else "token",
         "model_args": args,
-        "pretrained_cfg": {
-            "input_size": [channels, image_size, image_size],
-            "num_classes": 0,
-        },
+        "pretrained_cfg": {"num_classes": 0},
     }
 
 
