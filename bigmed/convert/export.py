@@ -113,7 +113,7 @@ def export(
     if naming != "npz":
         described = family.describe(module, naming, shapes)
         if "pretrained_cfg" in described:
-            described["pretrained_cfg"] |= _timm_pixels(
+            described["pretrained_cfg"] |= pixels(
                 weights, described["model_args"]["in_chans"]
             )
         files["config.json"] = described
@@ -136,8 +136,8 @@ def pixel_moments(weights: ours.Weights) -> tuple[list[float], list[float]]:
     return tuple([round(float(x), 6) for x in values] for values in joined)
 
 
-def _timm_pixels(weights: ours.Weights, channels: int) -> dict[str, Any]:
-    """`augment.eval_transform` as timm's `create_transform` reads it; see `_preprocessor`.
+def pixels(weights: ours.Weights, channels: int) -> dict[str, Any]:
+    """`augment.eval_transform` as timm's `create_transform` takes it; see `_preprocessor`.
 
     Args:
       weights: of the encoder.

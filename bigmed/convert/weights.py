@@ -238,7 +238,7 @@ def write_folder(
     tensors_name: str,
     files: Mapping[str, Any],
 ) -> None:
-    """A folder of a safetensors file and small files (str, or JSON); whole or not at all."""
+    """A folder of a file of tensors, if any, and others (str, bytes, JSON); whole or not at all."""
     from safetensors.numpy import save_file
 
     folder = pathlib.Path(folder).absolute()
@@ -251,11 +251,13 @@ def write_folder(
         contiguous = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
         if tensors_name.endswith(".npz"):
             np.savez(made / tensors_name, allow_pickle=False, **contiguous)
-        else:
+        elif tensors:
             save_file(contiguous, made / tensors_name, metadata={"format": "pt"})
         for name, content in files.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (made / name).write_text(text, encoding="utf-8")
+            if not isinstance(content, (str, bytes)):
+                content = json.dumps(content, indent=2) + "\n"
+            data = content if isinstance(content, bytes) else content.encode()
+            (made / name).write_bytes(data)
         if folder.is_dir():
             folder.rmdir()
         made.rename(folder)
