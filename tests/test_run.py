@@ -295,6 +295,7 @@ def test_a_nan_rolls_back_by_policy_and_leaves_the_batch_out(tmp_path, cache):
         (["--config.evaluator.linear.fraction=3.0"], "fraction=3.0"),
         (["--config.stage.simclr.epochs=1.0"], "give exactly one"),
         (["--config.objective.name=micle"], "config.data.pairs"),
+        (["--config.init_from.allow_pickle=True"], "is of init_from.naming or"),
     ],
     ids=lambda value: value[0].split("=")[0].removeprefix("--") if isinstance(value, list) else "",
 )
