@@ -35,13 +35,13 @@ def evaluate(objective, batch, mesh, **micro):
     return evaluator(objective, batch, mesh, **micro)()
 
 
-def evaluator(objective, batch, mesh, **micro):
-    """A function that does what `evaluate` does, to be compiled once.
+def evaluator(objective, batch, mesh, fresh=None, **micro):
+    """A function that does what `evaluate` does, to be compiled once; `fresh` is another state.
 
     With `nudge` every parameter is first moved by one unit in its last place, up or down.
     """
     init = make_init(objective, NoOptimiser, batch, seed=0)
-    fresh = jax.device_get(jax.jit(init)())
+    fresh = fresh or jax.device_get(jax.jit(init)())
     shardings = sharding.tree_shardings(jax.eval_shape(init), mesh, objective.SHARDING)
     block, num_blocks = sharding.host_block(mesh)
     mine = {name: np.split(rows, num_blocks)[block] for name, rows in batch.items()}
@@ -56,19 +56,21 @@ def evaluator(objective, batch, mesh, **micro):
     found = jax.jit(found, out_shardings=sharding.replicated(mesh))
 
     def run(nudge=False):
-        state = fresh
-        if nudge:
-            rng = np.random.default_rng(0)
-            sign = jax.tree.map(lambda x: rng.choice([-1, 1], x.shape), fresh.params)
-            ulp = 2.0**-23
-            moved = jax.tree.map(lambda x, s: np.float32(x * (1 + s * ulp)), fresh.params, sign)
-            state = fresh.replace(params=moved)
+        state = fresh.replace(params=nudged(fresh.params)) if nudge else fresh
         with jax.set_mesh(mesh):
             state = jax.tree.map(place, state, shardings)
             placed = sharding.put_batch(mine, sharding.batch_sharding(mesh))
             return jax.device_get(found(state, placed))
 
     return run
+
+
+def nudged(params):
+    """Every parameter moved by one unit in its last place, up or down."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: np.float32(x * (1 + rng.choice([-1, 1], x.shape) * 2.0**-23)), params
+    )
 
 
 def relative_difference(got, want):

@@ -8,7 +8,7 @@ import numpy as np
 STEP = 1e-30
 
 
-def _unit(z):
+def unit(z):
     return z / np.sqrt(np.sum(z * z, axis=1, keepdims=True))
 
 
@@ -24,7 +24,7 @@ def _softplus(x):
 def ntxent(v, u, temperature, groups, normalise=True):
     """The mean over 2N anchors; `groups` [N] are no negatives of each other."""
     z = np.concatenate([v, u])
-    z = _unit(z) if normalise else z
+    z = unit(z) if normalise else z
     n, logits = len(v), z @ z.T / temperature
     partner = (np.arange(2 * n) + n) % (2 * n)
     own = partner[:, None] == np.arange(2 * n)
@@ -34,7 +34,7 @@ def ntxent(v, u, temperature, groups, normalise=True):
 
 
 def infonce(v, u, scale, weight, ids, duplicates):
-    logits, own, equal = scale * _unit(v) @ _unit(u).T, np.eye(len(v), dtype=bool), _equal(ids)
+    logits, own, equal = scale * unit(v) @ unit(u).T, np.eye(len(v), dtype=bool), _equal(ids)
     taken = own | ~equal if duplicates == "mask" else np.ones_like(own)
     positive = (own | equal if duplicates == "multi" else own).astype(float)
 
@@ -47,7 +47,7 @@ def infonce(v, u, scale, weight, ids, duplicates):
 
 
 def sigmoid(v, u, scale, bias, ids, duplicates):
-    logits = scale * _unit(v) @ _unit(u).T + bias
+    logits = scale * unit(v) @ unit(u).T + bias
     own, equal = np.eye(len(v), dtype=bool), _equal(ids)
     sign = np.where(own | equal if duplicates == "multi" else own, 1, -1)
     taken = own | ~equal if duplicates == "mask" else np.ones_like(own)

@@ -1,4 +1,7 @@
-"""BYOL and MoCo v3: their losses, the teacher's schedule, two unlike views, any mesh, parts."""
+"""BYOL and MoCo v3: the teacher's schedule, two unlike views, any mesh, parts.
+
+(Their losses: tests/test_exactness.py.)
+"""
 
 import dataclasses
 
@@ -6,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exactness import NoOptimiser, assert_same_everywhere
+from exactness import assert_same_everywhere
 from ml_collections import ConfigDict
 from test_objectives import DATA, make_batch
 
 from bigmed import augment, optim, tree
 from bigmed.errors import UserError
 from bigmed.objectives import byol, moco_v3
-from bigmed.state import make_init
 from configs import byol as byol_config
 from configs import common
 from configs import moco_v3 as moco_v3_config
@@ -34,80 +36,6 @@ def make(kind, model=None, **overrides):
     config.data.channels = 3
     config.objective = objective(**{**SMALL, **overrides})
     return module.Objective(config.lock(), dataclasses.replace(DATA, total_steps=100))
-
-
-def compared(objective, seed=0):
-    """(a fresh state, random features, the metrics that `compare` gives for them)."""
-    batch, rng = make_batch(1), np.random.default_rng(seed)
-    state = jax.jit(make_init(objective, NoOptimiser, batch, seed=0))()
-    features = byol.Features(*rng.normal(size=(2, 16, 2, 64)).astype(np.float32))
-    _, aux = objective.compare(
-        state.params, state.batch_stats, state.extra, features, batch, jax.random.key(0), True
-    )
-    return state, features, aux["metrics"]
-
-
-def float64(weights):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)
-
-
-def standardised(x):
-    return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def test_byols_loss_is_the_definition_in_float64():
-    state, features, metrics = compared(make("byol"))
-
-    def head(weights, x):
-        w = float64(weights)
-        x = standardised(x @ w["dense1"]["kernel"] + w["dense1"]["bias"])
-        x = np.maximum(x * w["norm1"]["scale"] + w["norm1"]["bias"], 0)
-        return x @ w["dense2"]["kernel"]
-
-    total = 0.0
-    for view in range(2):
-        z = head(state.params["head"], features.student[:, view].astype(np.float64))
-        p = unit(head(state.params["predictor"], z))
-        other = features.teacher[:, 1 - view].astype(np.float64)
-        t = unit(head(state.extra["teacher"]["teacher_head"], other))
-        total += np.mean(np.sum((p - t) ** 2, axis=1))
-    np.testing.assert_allclose(metrics["prediction_loss"], total, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("layers", "last_norm", "temperature"), [(3, True, 0.2), (2, False, 1.0)], ids=["vit", "resnet"]
-)
-def test_moco_v3s_loss_is_the_definition_in_float64(layers, last_norm, temperature):
-    state, features, metrics = compared(
-        make("moco_v3", head_layers=layers, predictor_norm=last_norm, temperature=temperature)
-    )
-
-    def mlp(weights, x, depth, last_norm):
-        w = float64(weights)
-        norms = depth if last_norm else depth - 1
-        assert set(w) == {f"dense{k + 1}" for k in range(depth)} | {
-            f"norm{k + 1}" for k in range(norms)
-        }
-        for k in range(1, depth + 1):
-            assert set(w[f"dense{k}"]) == {"kernel"}
-            x = x @ w[f"dense{k}"]["kernel"]
-            if k < depth:
-                x = np.maximum(standardised(x) * w[f"norm{k}"]["scale"] + w[f"norm{k}"]["bias"], 0)
-        return standardised(x) if last_norm else x  # without scale and shift
-
-    total = 0.0
-    for view in range(2):
-        own, other = (f.astype(np.float64) for f in (features.student, features.teacher))
-        z = mlp(state.params["head"], own[:, view], layers, True)
-        q = unit(mlp(state.params["predictor"], z, 2, last_norm))
-        k = unit(mlp(state.extra["teacher"]["teacher_head"], other[:, 1 - view], layers, True))
-        logits = q @ k.T / temperature
-        total += 2 * temperature * np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
-    np.testing.assert_allclose(metrics["contrast_loss"], total, rtol=1e-5)
 
 
 def test_the_teachers_momentum_rises_to_one_as_a_cosine():

@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 from exactness import (
+    ROUNDINGS,
     NoOptimiser,
     assert_same_everywhere,
     evaluate,
     mesh_of,
+    nudged,
     relative_difference,
 )
 from test_objectives import DATA, make_batch
@@ -97,82 +99,16 @@ def test_three_pairs_by_hand_and_lambda_weighs_image_to_text():
     x = 10 * shrink * S
     want = 0.75 * cross_entropy(x) + 0.25 * cross_entropy(x.T)
     got = losses.infonce(v, u, scale=10.0, weight=0.75)
-    np.testing.assert_allclose(got.loss, want, rtol=2e-6)
+    np.testing.assert_allclose(got.loss, want, rtol=1e-6)
     other = losses.infonce(v, u, scale=10.0, weight=0.25)
     assert abs(float(other.loss) - want) > 0.01  # the matrix is not symmetric
     same = losses.infonce(np.ones((8, 4)), np.ones((8, 4)), scale=10.0, weight=0.75)
     np.testing.assert_allclose(same.loss, math.log(8), rtol=1e-6)
 
 
-def oracle(objective, params, features, ids, kind, duplicates, scale, bias):
-    """The whole of `compare` in float64 from the papers' formulas."""
-    own = objective.config
-
-    def project(name, x):
-        layers = [np.asarray(params[name][f"dense{k}"]["kernel"], np.float64) for k in (1, 2)]
-        z = np.maximum(x.astype(np.float64) @ layers[0], 0) @ layers[1]
-        return z / np.linalg.norm(z, axis=-1, keepdims=True)
-
-    images, texts = project("head", features.images), project("text_head", features.texts)
-
-    def contrast(v, u, weight, ids):
-        n = len(v)
-        equal = own_pair = np.eye(n, dtype=bool)
-        if ids is not None and duplicates != "none":
-            of_v, of_u = ids if isinstance(ids, tuple) else (ids, ids)
-            equal = own_pair | (of_v[:, None] == of_u[None, :])
-        if kind == "sigmoid":
-            total = 0.0
-            for i in range(n):
-                for j in range(n):
-                    if duplicates == "mask" and equal[i, j] and i != j:
-                        continue
-                    positive = equal[i, j] if duplicates == "multi" else i == j
-                    y = 1 if positive else -1
-                    total += np.log1p(np.exp(-y * (scale * v[i] @ u[j] + bias)))
-            return total / n
-        x = scale * v @ u.T
-        if duplicates == "mask":
-            x = np.where(equal & ~own_pair, -np.inf, x)
-        targets = equal if duplicates == "multi" else own_pair
-
-        def one_way(x, targets):
-            log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
-            return -np.mean([log_p[i][targets[i]].mean() for i in range(n)])
-
-        return weight * one_way(x, targets) + (1 - weight) * one_way(x.T, targets.T)
-
-    pairs = [
-        contrast(images[:, v], texts[:, r], own["image_weight"], ids[:, r])
-        for v in range(images.shape[1])
-        for r in range(texts.shape[1])
-    ]
-    total = np.mean(pairs)
-    if own["image_image"]:
-        total += own["image_image"] * contrast(images[:, 0], images[:, 1], 0.5, None)
-    if own["text_text"]:
-        total += own["text_text"] * contrast(texts[:, 0], texts[:, 1], 0.5, (ids[:, 0], ids[:, 1]))
-    return total
-
-
-@pytest.mark.parametrize("duplicates", convirt.DUPLICATES)
-@pytest.mark.parametrize("kind", convirt.LOSSES)
-@pytest.mark.parametrize("terms", [{}, {"image_image": 1.0, "text_text": 0.5}], ids=["pair", "all"])
-def test_the_loss_is_the_definition(spec, kind, duplicates, terms):
-    count = 2 if terms else 1
-    config = stage_config(texts=count, loss=kind, duplicates=duplicates, **terms)
-    objective = convirt.Objective(config, spec)
-    batch, features = batch_of(texts=count), features_of(count, count)
-    params, stats, extra = objective.init(jax.random.key(0), batch)
-    compare = jax.jit(lambda p: objective.compare(p, stats, extra, features, batch, None, True))
-    metrics = compare(params)[1]["metrics"]
-    got = metrics["image_text_loss"]
-    got += sum(w * metrics[f"{name}_loss"] for name, w in terms.items())
-    want = oracle(objective, params, features, batch["text_id"], kind, duplicates, 10.0, -10.0)
-    np.testing.assert_allclose(got, want, rtol=5e-6)  # logits of up to 20, rounded to 2^-23 of them
-    ids = batch["text_id"][:, 0].tolist()
-    repeated = np.mean([ids.count(i) > 1 for i in ids])
-    np.testing.assert_allclose(metrics["duplicate_texts"], repeated, rtol=1e-6)
+def test_rows_whose_text_another_has_are_counted():
+    share = convirt._share_of_duplicates(np.array([3, 1, 3, 2, 1, 3, 0, 5], np.int32))
+    np.testing.assert_allclose(share, 5 / 8)
 
 
 def test_a_learned_scale_starts_at_the_temperature_and_is_clamped(spec):
@@ -333,40 +269,11 @@ def test_the_successors_start_as_published(spec, arg, learned):
     assert own.image_weight == 0.5 or own.loss == "sigmoid"
 
 
-# -------------------------------------------------------------------------------------- exactness
-
-class OfGivenFeatures(convirt.Objective):
-    """Features are parameters, which get a gradient each: all but the encoders, which are alike."""
-
-    def init(self, key, batch_spec):
-        params, stats, extra = super().init(key, batch_spec)
-        heads = {name: x for name, x in params.items() if name not in ("backbone", "text")}
-        return {**heads, "features": features_of(2, 2)}, stats, extra
-
-    def prepare(self, batch, key, train):
-        return batch["index"]
-
-    def embed(self, params, batch_stats, extra, inputs, key, train):
-        return jax.tree.map(lambda x: x[inputs], params["features"]), batch_stats
+# ------------------------------------------- exactness (of the loss: tests/test_exactness.py)
 
 
-BOTH = {"image_image": 1.0, "text_text": 0.5, "learn_temperature": True, "texts": 2}
-OPTIONS = {
-    "convirt": (convirt.Objective, {}),
-    "clip": (OfGivenFeatures, {**BOTH, "image_weight": 0.5, "duplicates": "mask"}),
-    "siglip": (OfGivenFeatures, {**BOTH, "loss": "sigmoid", "duplicates": "multi"}),
-}
-
-
-def option(name, spec):
-    """(objective, batch)."""
-    make, options = OPTIONS[name]
-    return make(stage_config(**options), spec), batch_of(texts=options.get("texts", 1))
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_loss_and_gradients_are_those_of_one_device_and_of_parts(spec, name):
-    assert_same_everywhere(*option(name, spec), parts=(4,))
+def test_loss_and_gradients_are_those_of_one_device_and_of_parts(spec):
+    assert_same_everywhere(convirt.Objective(stage_config(), spec), batch_of(), parts=(4,))
 
 
 def test_in_parts_dropout_is_drawn_alike_in_both_passes(spec):
@@ -391,9 +298,10 @@ def test_in_parts_dropout_is_drawn_alike_in_both_passes(spec):
     (loss, _), grads = jax.jit(
         lambda s: loss_and_grads(objective, s, batch, MicroBatches(count))
     )(state)  # fmt: skip
-    # sums of 16 float32 rows in another order; another draw is a different number altogether
     np.testing.assert_allclose(loss, want[0], rtol=1e-6)
-    assert relative_difference(grads, want[1]) < 1e-5 < 1e-3 < relative_difference(grads, other[1])
+    moved = relative_difference(direct(nudged(state.params), 0)[1], want[1])
+    assert relative_difference(grads, want[1]) < max(1e-6, ROUNDINGS * moved) < 1e-4
+    assert relative_difference(grads, other[1]) > 1e-3  # another draw is another number altogether
 
 
 @pytest.mark.parametrize(
