@@ -64,6 +64,9 @@ class DenseBlock(nn.Module):
             layer = layer_class(self.growth, self.dtype, name=f"layer{i}")
             new = layer(parts, moments, train)
             parts, moments = (*parts, new), (*moments, moments_of(new))
+            # With remat every layer joins them anew, to keep no more than its own output; without,
+            # each adds its own to what is joined, as sums of many gradients are slow on a CPU.
+            parts = parts if self.remat else (join(*parts),)
         return join(*parts)
 
 

@@ -124,6 +124,8 @@ norm_add_relu.defvjp(_norm_add_relu_forward, _norm_add_relu_backward)
 
 def join(*parts: jax.Array) -> jax.Array:
     """Joins channels: [..., C_i] of every part -> [..., sum of C_i]."""
+    if len(parts) == 1:
+        return parts[0]
     ends = itertools.accumulate(part.shape[-1] for part in parts)
     return _join(tuple(ends), *parts)
 
@@ -142,6 +144,9 @@ def _join_forward(ends: tuple[int, ...], *parts: jax.Array) -> tuple[jax.Array, 
 
 
 def _join_backward(ends: tuple[int, ...], _: None, g: jax.Array) -> tuple[jax.Array, ...]:
+    g = lax.platform_dependent(
+        g, cpu=partial(conv_cpu.once, jnp.positive), default=jnp.positive
+    )
     return tuple(jnp.split(g, ends[:-1], axis=-1))
 
 
