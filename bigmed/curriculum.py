@@ -106,7 +106,10 @@ def _make_ready(
     An evaluator comes with what all of its rows say.
     """
     stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
-    earlier = config.stages[: config.stages.index(entry["name"])]
+    earlier = {
+        name: prepare_stage(config, name, entry["seed"], workdir).objective.name
+        for name in config.stages[: config.stages.index(entry["name"])]
+    }
     handover.check(stage_config.init_from, entry["name"], earlier)
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bigmed import networks, train, tree
 from bigmed.convert import foreign
 from bigmed.convert import weights as ours
 from bigmed.errors import UserError, did_you_mean
+from bigmed.objectives import momentum
 from bigmed.record import Record
+from bigmed.resolve import resolve
 
 # What says nothing without another key of `init_from`.
 _NEEDS = {
@@ -41,16 +43,17 @@ class Handover:
     left_over: tuple[str, ...] = ()
 
 
-def check(source: Any, name: str, earlier: Sequence[str]) -> None:
+def check(source: Any, name: str, earlier: Mapping[str, str]) -> None:
     """Checks that the keys of a stage's `init_from` go together; reads nothing.
 
     Args:
       source: the section.
       name: of the stage.
-      earlier: the stages that come before it.
+      earlier: the stages that come before it, with the names of their objectives.
 
     Raises:
-      UserError: no earlier stage, several sources or none, a key that says nothing.
+      UserError: no earlier stage, or one without the network; several sources or none; a key that
+        says nothing.
     """
     where = f"config.stage.{name}.init_from"
     if source.stage and source.stage not in earlier:
@@ -72,6 +75,14 @@ def check(source: Any, name: str, earlier: Sequence[str]) -> None:
         if source[key] not in _UNSET and not any(source[other] for other in of):
             needed = " or ".join(f"init_from.{other}" for other in of)
             raise UserError(f"init_from.{key}={source[key]!r} is of {needed}, which is empty")
+    if source.stage and source.network == networks.TEACHER:
+        objective = earlier[source.stage]
+        of_class = resolve(objective, "bigmed.objectives", "Objective")
+        if not issubclass(of_class, momentum.Objective):
+            raise UserError(
+                f"{where}.network='teacher': objective '{objective}' of stage '{source.stage}' "
+                f"keeps no moving average; valid: {networks.STUDENT}"
+            )
 
 
 def take(stage: train.Stage, record: Record) -> Handover:

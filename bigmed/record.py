@@ -32,7 +32,7 @@ FREE_KEYS = (
     "sweep/.*",
     "pictures",
 )
-# What keys stand for in a run that is older than they are.
+# What keys, by pattern, stand for in a run that is older than they are.
 INTRODUCED = {
     "micro_batch/count": 1,
     "micro_batch/batch_norm": "micro",
@@ -42,6 +42,7 @@ INTRODUCED = {
     "optim/patience": 5,
     "validate/keep": "last",
     "validate/patience": 0,
+    "(stage/[^/]+/)?init_from/network": "student",
 }
 OF_TEXTS = ("text_model/.*", "data/text/(?!tokeniser).*")  # without a tokeniser they do nothing
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -161,7 +162,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))["config"]
     new = tree.flatten(json.loads(config.to_json_best_effort()))
     since = {name: new[name] for name in new if tree.matches(OF_TEXTS, name)}
-    since |= {name: INTRODUCED[name] for name in new if name in INTRODUCED}
+    for pattern, value in INTRODUCED.items():
+        since |= {name: value for name in new if tree.matches((pattern,), name)}
     old = {**since, **tree.flatten(before)}
     changed = [
         f"config.{name.replace('/', '.')} was {old.get(name)!r} and is {new.get(name)!r}"

@@ -26,8 +26,9 @@ class MicroBatches:
       batch_norm: of the encoders, where there are several: 'micro', the statistics of each part,
         so that the loss is that of a batch norm over fewer images; or 'frozen', the running
         statistics, which then stay as they are, and with which the gradient is exactly that of the
-        whole batch. Heads always see the whole batch. Encoders without batch norm do not care,
-        but 'frozen' also switches off their dropout.
+        whole batch. Heads always see the whole batch, but for the projection that 'supervised'
+        keeps, a part of what it trains. Encoders without batch norm do not care, but 'frozen'
+        also switches off their dropout.
 
     Raises:
       UserError: an unknown value.

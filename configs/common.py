@@ -18,7 +18,8 @@ def resnet(depth: int, width: int = 1, **overrides) -> ConfigDict:
 
 def vit(variant: str, **overrides) -> ConfigDict:
     """A vision transformer, e.g. 'S/16'."""
-    return ConfigDict({"name": "vit", "variant": variant, "remat": False, **overrides})
+    settings = {"variant": variant, "remat": False, "scan": False}
+    return ConfigDict({"name": "vit", **settings, **overrides})
 
 
 def simclr_objective(name: str = "simclr", **overrides) -> ConfigDict:

@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
     if arg == "given":
         config.stages = ("untrained", "given")
         # The head is left fresh: features come from the encoder, whatever head it had.
-        encoder = ("params/backbone/.*", "batch_stats/backbone/.*")
+        encoder = ("(params|batch_stats)/backbone/.*",)
         config.stage.given = common.stage(steps=0, init_from=common.init_from(load=encoder))
     else:
         config.stages = ("untrained", "simclr")

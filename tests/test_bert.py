@@ -245,6 +245,8 @@ def test_real_weights(minilm, source, request):
 def test_a_text_tower_is_imported_without_word_of_pixels(minilm):
     found = weights.import_weights(minilm[0], "huggingface", normalize=None)
     assert found.normalize == "none" and not found.fresh
+    with pytest.raises(UserError, match="says 12 attention heads, the model given has 6"):
+        weights.import_weights(minilm[0], "huggingface", {**found.model, "heads": 6})
 
 
 def real_texts(shared_data):

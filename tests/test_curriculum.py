@@ -52,7 +52,8 @@ def test_a_section_with_another_name_replaces_the_whole_section(tmp_path):
     config = tiny()
     config.stage.simclr.model = common.vit("Ti/8")
     stage = curriculum.prepare_stage(config.lock(), "simclr", 0, tmp_path)
-    assert stage.model.to_dict() == {"name": "vit", "variant": "Ti/8", "remat": False}
+    switches = {"remat": False, "scan": False}
+    assert stage.model.to_dict() == {"name": "vit", "variant": "Ti/8", **switches}
 
 
 def test_weights_are_handed_over_exactly_and_the_optimiser_starts_fresh(tmp_path):
@@ -264,7 +265,9 @@ def test_a_text_tower_beside_an_earlier_stage_is_refused(tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on_over_keys_that_it_did_not_have(tmp_path):
-    config = tiny(stages=("untrained",)).lock()
+    config = tiny(stages=("untrained",))
+    config.stage.untrained.init_from = common.init_from()
+    config = config.lock()
     curriculum.run(config, tmp_path, stop=lambda: False)
     path, stages = tmp_path / "config.json", tmp_path / "curriculum.json"
     kept = json.loads(path.read_text())
@@ -272,6 +275,9 @@ def test_a_run_of_an_older_version_goes_on_over_keys_that_it_did_not_have(tmp_pa
         ("validate", "keep"), ("micro_batch", "count"), ("data", "text"), ("optim", "nesterov"),
     ):  # fmt: skip
         del kept["config"][section][key]
+    for section in (kept["config"], kept["config"]["stage"]["untrained"]):
+        for key in ("network", "prefix", "text_naming", "text_prefix", "allow_pickle"):
+            del section["init_from"][key]
     del kept["config"]["text_model"]
     path.write_text(json.dumps(kept))
     recorded = json.loads(stages.read_text())

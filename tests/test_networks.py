@@ -138,12 +138,20 @@ def test_a_network_that_is_not_there_is_one_line(run, tmp_path):
     config = linear.get_config("smoke")
     config.evaluate, config.stages = (), ("untrained", "given")
     config.stage.given.init_from = common.init_from(stage="untrained", network="teacher")
-    said = r"network='teacher': 00_untrained/0 has none.*valid: student"
+    said = r"given\.init_from\.network='teacher': objective 'simclr' of stage 'untrained' .*student"
     with pytest.raises(UserError, match=said):
-        curriculum.run(config.lock(), tmp_path, stop=lambda: False)
+        curriculum.run(config, tmp_path, stop=lambda: False)
+    assert not list(tmp_path.rglob("checkpoints")), "found before any stage runs"
+    config.stages = ("untrained",)
+    curriculum.run(config.lock(), tmp_path, stop=lambda: False)
     done = tool("export_weights", f"--workdir={tmp_path}", "--stage=00_untrained", "--to=timm",
                 "--network=teacher", f"--out={tmp_path / 'out'}")  # fmt: skip
     assert done.returncode == 2 and "has none" in done.stderr and not (tmp_path / "out").exists()
+    results = tmp_path / "results.json"
+    results.write_text("[{")
+    with pytest.raises(UserError, match="results.json is damaged"):
+        export.from_run(tmp_path, "00_untrained")
+    results.unlink()
     imported = tmp_path / "imported"
     weights.save(export.from_run(tmp_path, "00_untrained")[0], imported, {})
     with pytest.raises(UserError, match="has no stages, and one network"):

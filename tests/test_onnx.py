@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,9 @@ def test_a_run_is_exported_and_its_graph_gives_the_same_features(tmp_path):
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()
     assert len(last) == 1 and float(last[0].rpartition(": ")[2]) < 1e-4
+    assert "LOAD REPORT" not in done.stderr and "Warning" not in done.stderr
+    graph = (out / "model.onnx").read_bytes()
+    assert sys.prefix.encode() not in graph and b".py" not in graph  # paths of this machine
     images = np.random.default_rng(3).integers(0, 256, (5, 32, 32, 1), np.uint8)
     mine = features_of_ours(export.from_run(run)[0], images)
     np.testing.assert_allclose(features_of(out, images), mine, rtol=0, atol=1e-4)

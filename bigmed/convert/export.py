@@ -59,7 +59,10 @@ def from_run(
         leaves={name.replace("/backbone/", "/", 1): leaf for name, leaf in flat.items()},
     )
     path = workdir / "results.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is no JSON; put it back or remove it") from None
     key = {"stage": done[stage]["name"], "seed": done[stage]["seed"]}
     facts = {
         **key,

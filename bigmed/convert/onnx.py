@@ -12,8 +12,10 @@ import logging
 import pathlib
 import tempfile
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from bigmed.convert import export as libraries
@@ -54,6 +56,7 @@ def export(weights: ours.Weights, folder: pathlib.Path, card: str) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         module, channels = _in_torch(weights, pathlib.Path(scratch))
         graph = _trace(module, channels, weights.size, pathlib.Path(scratch) / GRAPH)
+    graph = _without_origins(graph)
     described = libraries.pixels(weights, channels)
     difference = _difference(graph, weights, described)
     if not difference <= TOLERANCE:
@@ -89,14 +92,15 @@ def _in_torch(weights: ours.Weights, scratch: pathlib.Path) -> tuple[Any, int]:
 
         network, features, channels = load(folder, weights)
         return Features(network, features).eval(), channels
-    raise refused[0] if len(refused) == 1 else UserError(f"onnx: {refused[0]}; {refused[1]}")
+    raise UserError(f"onnx: {refused[0]}; {refused[1]}")
 
 
 def _load_transformers(folder: pathlib.Path, weights: ours.Weights) -> tuple[Any, Any, int]:
     import transformers
 
     del weights
-    network = transformers.AutoModel.from_pretrained(folder).eval()
+    with _quiet():  # it tells of the pooling layer that the export does not need
+        network = transformers.AutoModel.from_pretrained(folder).eval()
 
     def features(network: Any, pixels: Any) -> Any:
         found = network(pixels)
@@ -128,21 +132,63 @@ def _load_timm(folder: pathlib.Path, weights: ours.Weights) -> tuple[Any, Any, i
 def _trace(module: Any, channels: int, size: int, path: pathlib.Path) -> bytes:
     import torch
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            (torch.rand(2, channels, size, size),),
-            str(path),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["pixels"],
-            output_names=["features"],
-            external_data=False,
-            verbose=False,
-        )
+    try:
+        with _quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            torch.onnx.export(
+                module,
+                (torch.rand(2, channels, size, size),),
+                str(path),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["pixels"],
+                output_names=["features"],
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"onnx: torch.onnx cannot write this network: {said}") from None
     return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and progress of torch.onnx and transformers."""
+    import transformers
+
+    said = transformers.utils.logging
+    level, bar = said.get_verbosity(), said.is_progress_bar_enabled()
+    exporter = logging.getLogger("torch.onnx")
+    before = exporter.level
+    exporter.setLevel(logging.ERROR)
+    said.set_verbosity_error()
+    said.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(before)
+        said.set_verbosity(level)
+        if bar:
+            said.enable_progress_bar()
+
+
+def _without_origins(graph: bytes) -> bytes:
+    """The graph without what torch.onnx notes beside each node: paths and lines of this machine."""
+    import onnx
+
+    def clear(message: Any) -> None:
+        for field, value in message.ListFields():
+            if field.name in ("metadata_props", "doc_string"):
+                message.ClearField(field.name)
+            elif field.message_type:
+                for part in value if field.is_repeated else [value]:
+                    clear(part)
+
+    model = onnx.load_model_from_string(graph)
+    clear(model)
+    return model.SerializeToString()
 
 
 def _difference(graph: bytes, weights: ours.Weights, described: dict[str, Any]) -> float:
@@ -153,7 +199,8 @@ def _difference(graph: bytes, weights: ours.Weights, described: dict[str, Any]) 
     encoder = Encoder(dataclasses.replace(weights, eval_crop=1.0))
     shape = (max(_BATCHES), weights.size, weights.size, weights.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    mine = encoder(images)
+    with jax.default_matmul_precision("highest"):  # as onnxruntime has it, on any device
+        mine = encoder(images)
     mean, deviation = (np.float32(described[key]) for key in ("mean", "std"))
     pixels = ((images.astype(np.float32) / 255 - mean) / deviation).transpose(0, 3, 1, 2)
     differences = []

@@ -89,7 +89,8 @@ def family_of(model: Mapping[str, Any], naming: str, *, to_write: bool = False) 
     family = known[model["name"]]
     namings = family.NAMINGS if to_write else readable(family)
     if naming not in namings:
-        raise UserError(f"naming '{naming}' of a {model['name']}: {did_you_mean(naming, namings)}")
+        valid = (*namings, "onnx") if to_write else namings  # which `convert.onnx` writes
+        raise UserError(f"naming '{naming}' of a {model['name']}: {did_you_mean(naming, valid)}")
     return family
 
 
@@ -149,6 +150,7 @@ def import_weights(
             f"normalize='{normalize}': a {model['name']} scales pixels by itself; valid: none"
         )
     module = build(model)
+    _check_heads(source, naming, module)
     entries = family.entries(module, naming)
     tensors = read.read_tensors(source, allow_pickle=allow_pickle)
     wanted = {name for entry in entries for name in entry.theirs}
@@ -193,6 +195,19 @@ def _described(source: pathlib.Path, naming: str) -> dict[str, Any]:
     raise UserError(
         f"{path} describes '{kind}', which no family reads; {'; '.join(reasons)[:300]}"
     )
+
+
+def _check_heads(source: pathlib.Path, naming: str, module: Any) -> None:
+    """Refuses another number of attention heads than a config.json says: no shape tells of it."""
+    try:
+        there = getattr(build(_described(source, naming)), "heads", None)
+    except UserError:  # none, or one that says nothing to us
+        return
+    here = getattr(module, "heads", there)
+    if there not in (None, here):
+        raise UserError(
+            f"{source}: its config.json says {there} attention heads, the model given has {here}"
+        )
 
 
 def _stem_channels(
