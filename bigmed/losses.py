@@ -16,7 +16,7 @@ from bigmed import tiled
 from bigmed.sharding import BATCH_AXES
 
 # From so many logits a device on they are made in tiles. On two CPU cores (tools/bench_loss.py,
-# 2,048 and 4,096 rows of 128) tiles of 1,024 then take .51 to .85 of the time.
+# 2,048 and 4,096 rows of 128) tiles of 1,024 then take .54 to .84 of the time.
 TILED_FROM = 2**22
 TILE = 1024
 NORM_EPS = 1e-12
