@@ -106,11 +106,12 @@ def _make_ready(
     An evaluator comes with what all of its rows say.
     """
     stage_config = prepare_stage(config, entry["name"], entry["seed"], workdir)
-    earlier = {
-        name: prepare_stage(config, name, entry["seed"], workdir).objective.name
-        for name in config.stages[: config.stages.index(entry["name"])]
-    }
-    handover.check(stage_config.init_from, entry["name"], earlier)
+    earlier = config.stages[: config.stages.index(entry["name"])]
+
+    def objective_of(name: str) -> str:
+        return prepare_stage(config, name, entry["seed"], workdir).objective.name
+
+    handover.check(stage_config.init_from, entry["name"], earlier, objective_of)
     label = entry["directory"]
     stage = train.build_stage(label, stage_config, workdir / label, mesh)
     if not stage_config.init_from.stage and not stage.checkpoints.is_dir():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bigmed import networks, train, tree
@@ -43,13 +43,16 @@ class Handover:
     left_over: tuple[str, ...] = ()
 
 
-def check(source: Any, name: str, earlier: Mapping[str, str]) -> None:
+def check(
+    source: Any, name: str, earlier: Sequence[str], objective_of: Callable[[str], str]
+) -> None:
     """Checks that the keys of a stage's `init_from` go together; reads nothing.
 
     Args:
       source: the section.
       name: of the stage.
-      earlier: the stages that come before it, with the names of their objectives.
+      earlier: the stages that come before it.
+      objective_of: the name of the objective of one of them.
 
     Raises:
       UserError: no earlier stage, or one without the network; several sources or none; a key that
@@ -76,7 +79,7 @@ def check(source: Any, name: str, earlier: Mapping[str, str]) -> None:
             needed = " or ".join(f"init_from.{other}" for other in of)
             raise UserError(f"init_from.{key}={source[key]!r} is of {needed}, which is empty")
     if source.stage and source.network == networks.TEACHER:
-        objective = earlier[source.stage]
+        objective = objective_of(source.stage)
         of_class = resolve(objective, "bigmed.objectives", "Objective")
         if not issubclass(of_class, momentum.Objective):
             raise UserError(

@@ -20,7 +20,7 @@ from configs import byol, common, linear
 TINY = {"name": "tiny_model:Model", "variant": "mu/8", "remat": False}  # has batch norms
 # where a teacher lies in a checkpoint, spelled out: a change of place must be a choice
 PLACES = {"params": "extra/teacher/teacher_backbone", "batch_stats": "batch_stats/teacher_backbone"}
-ENCODER = ("params/backbone/.*", "batch_stats/backbone/.*")
+ENCODER = linear.get_config().stage.given.init_from.load
 NORMS, VIT = "00_norms", "01_vit"
 
 
@@ -115,21 +115,22 @@ def test_the_teacher_is_exported_with_what_was_measured_on_it(run, tmp_path):
     assert sum(np.allclose(x, found, rtol=0, atol=1e-4) for x in same) == 1
 
 
-def test_a_stage_and_an_evaluation_start_from_the_teacher(run, tmp_path):
+@pytest.mark.parametrize("stage", [NORMS, VIT])
+def test_a_stage_and_an_evaluation_start_from_the_teacher(stage, run, tmp_path):
     config = linear.get_config("smoke")
-    config.model = TINY
+    config.model = TINY if stage == NORMS else byol.get_config("smoke").model
     config.stages, config.evaluate = ("given",), ("knn",)
-    source = {"checkpoints": str(run / NORMS / "checkpoints"), "network": "teacher"}
+    source = {"checkpoints": str(run / stage / "checkpoints"), "network": "teacher"}
     config.stage.given = common.stage(steps=0, init_from=common.init_from(load=ENCODER, **source))
     shutil.copytree(run / "data", tmp_path / "data")
     curriculum.run(config.lock(), tmp_path, stop=lambda: False)
     flat, _ = checkpoint.load_flat(tmp_path / "00_given" / "checkpoints")
-    leaves = leaves_of(run, NORMS, "teacher")
-    assert any(name.startswith("batch_stats/") for name in leaves)
+    leaves = leaves_of(run, stage, "teacher")
+    assert any(name.startswith("batch_stats/") for name in leaves) == (stage == NORMS)
     for name, leaf in leaves.items():
         np.testing.assert_array_equal(flat[name.replace("/", "/backbone/", 1)], leaf, err_msg=name)
     (told,) = json.loads((tmp_path / "curriculum.json").read_text())["stages"]
-    assert told["init_from"]["checkpoint"] == "00_norms/3, its teacher"
+    assert told["init_from"]["checkpoint"] == f"{stage}/3, its teacher"
     assert told["init_from"]["network"] == "teacher"
 
 
