@@ -14,6 +14,7 @@ class Model(nn.Module):
 
     variant: str = "mu/8"  # as the smoke forms have it; the number is the block's width
     remat: bool = False
+    scan: bool = False  # taken, as of the smoke forms' encoder; there is one block
     dtype: Any = jnp.float32
 
     @property
