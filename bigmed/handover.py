@@ -66,7 +66,7 @@ def check(
         )
     given = [key for key in ("stage", "checkpoints", "weights") if source[key]]
     given += ["text_weights"] if source.text_weights and given != ["weights"] else []
-    if len(given) > 1 or (source.load and not given):
+    if len(given) > 1 or ((source.load or source.skip) and not given):
         raise UserError(
             f"{where} has {' and '.join(given) or 'no source'}; "
             "give one of stage (an earlier one), checkpoints (of a stage of another run) and "
@@ -77,7 +77,7 @@ def check(
     for key, of in _NEEDS.items():
         if source[key] not in _UNSET and not any(source[other] for other in of):
             needed = " or ".join(f"init_from.{other}" for other in of)
-            raise UserError(f"init_from.{key}={source[key]!r} is of {needed}, which is empty")
+            raise UserError(f"{where}.{key}={source[key]!r} is of {needed}, which is empty")
     if source.stage and source.network == networks.TEACHER:
         objective = objective_of(source.stage)
         of_class = resolve(objective, "bigmed.objectives", "Objective")

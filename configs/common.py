@@ -232,6 +232,10 @@ def stage(steps: int | None = None, epochs: float | None = None, **sections) -> 
     return config
 
 
+# what is loaded of a network whose head is left behind
+ENCODER = ("(params|batch_stats)/backbone/.*",)
+
+
 def init_from(stage: str = "", checkpoints: str = "", weights: str = "", **more) -> ConfigDict:
     """Where a stage's weights come from: one of three.
 

@@ -31,8 +31,8 @@ def get_config(arg: str = ""):
     if arg == "given":
         config.stages = ("untrained", "given")
         # The head is left fresh: features come from the encoder, whatever head it had.
-        encoder = ("(params|batch_stats)/backbone/.*",)
-        config.stage.given = common.stage(steps=0, init_from=common.init_from(load=encoder))
+        given = common.init_from(load=common.ENCODER)
+        config.stage.given = common.stage(steps=0, init_from=given)
     else:
         config.stages = ("untrained", "simclr")
         config.stage.simclr = common.stage(epochs=100.0)

@@ -33,8 +33,7 @@ def get_config(arg: str = ""):
     common.set_data(config, dataset=common.source("{data_root}/dataset", "train"))
     config.stages = ("untrained", "given")
     config.stage.untrained = common.stage(steps=0)
-    encoder = ("(params|batch_stats)/backbone/.*",)
-    config.stage.given = common.stage(steps=0, init_from=common.init_from(load=encoder))
+    config.stage.given = common.stage(steps=0, init_from=common.init_from(load=common.ENCODER))
     folder = "{data_root}/dataset"
     if arg == "smoke":
         config.stage.given.init_from = common.init_from()

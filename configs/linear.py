@@ -19,8 +19,7 @@ def get_config(arg: str = ""):
     config.stages = ("untrained", "given")
     config.stage.untrained = common.stage(steps=0)
     # The head is left fresh: features come from the encoder, whatever head it was trained with.
-    encoder = ("(params|batch_stats)/backbone/.*",)
-    config.stage.given = common.stage(steps=0, init_from=common.init_from(load=encoder))
+    config.stage.given = common.stage(steps=0, init_from=common.init_from(load=common.ENCODER))
     common.set_evaluators(config, "{data_root}/dataset")
     if arg == "smoke":
         config.stage.given.init_from = common.init_from()

@@ -19,6 +19,23 @@ def image_spec(size, channels=3):
     return jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
 
 
+def random_leaves(model, size, channels=3):
+    """{path: array} that makes every part of a model matter; activations stay of order one."""
+    rng, leaves = np.random.default_rng(0), {}
+    for name, leaf in abstract_leaves(model, image_spec(size, channels)).items():
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        last = name.rpartition("/")[2]
+        if last == "kernel":
+            leaves[name] = noise * max(leaf.size // leaf.shape[-1], 1) ** -0.5
+        elif last == "var":
+            leaves[name] = 1 + 0.3 * np.abs(noise)
+        elif last == "scale":
+            leaves[name] = (1 + 0.2 * noise) * (0.3 if name.endswith("norm3/scale") else 1)
+        else:
+            leaves[name] = 0.1 * noise
+    return leaves
+
+
 def randomise(module, seed=0):
     """Fills a torch module with numbers that make every part of it matter; returns it in eval."""
     import torch

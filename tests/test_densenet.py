@@ -112,7 +112,7 @@ def test_layers_of_published_files_are_renamed():
 
 
 def test_a_grey_stem_gives_the_same_features():
-    colour = tree.unflatten(random_leaves(densenet.Model(14), 3))
+    colour = tree.unflatten(parity.random_leaves(densenet.Model(14), 32))
     model = densenet.Model(14)
     grey = tree.map_with_name(
         lambda name, leaf: (
@@ -133,23 +133,9 @@ def plain():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(densenet.VARIANTS, 14, SMALL)
         model = densenet.Model(14, stem="small")
-        variables = tree.unflatten(random_leaves(model))
+        variables = tree.unflatten(parity.random_leaves(model, 32))
         x = random(16, 16, 16, 3)
         return model, variables, x, loss_and_grads(model, variables, x)
-
-
-def random_leaves(model, channels=3, size=32):
-    """Values such that no branch is dead and no norm is degenerate."""
-    rng = np.random.default_rng(1)
-    leaves = {}
-    for name, leaf in parity.abstract_leaves(model, parity.image_spec(size, channels)).items():
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        role = name.split("/")[-1]
-        if role == "kernel":
-            leaves[name] = noise * (leaf.size / leaf.shape[-1]) ** -0.5
-        else:
-            leaves[name] = (role in ("scale", "var")) + 0.1 * np.abs(noise)
-    return leaves
 
 
 def loss_and_grads(model, variables, x):
@@ -178,7 +164,7 @@ def test_remat_keeps_memory_linear_in_the_layers(monkeypatch):
     def kept(layers_):
         monkeypatch.setitem(densenet.VARIANTS, 15, (16, (layers_, 1, 1, 1)))
         model = densenet.Model(15, stem="small", remat=True)
-        variables = tree.unflatten(random_leaves(model))
+        variables = tree.unflatten(parity.random_leaves(model, 32))
         x = jnp.asarray(random(2, 16, 16, 3))
 
         def loss(params):
@@ -235,7 +221,7 @@ def test_outputs(stem, size, map_size):
 
 def test_bfloat16():
     model = densenet.Model(14, stem="small")
-    variables = tree.unflatten(random_leaves(model))
+    variables = tree.unflatten(parity.random_leaves(model, 32))
     x = random(2, 16, 16, 3)
     features, half = (
         jax.jit(lambda v, x, dtype=dtype: model.clone(dtype=dtype).apply(v, x, train=False)[0])(

@@ -20,7 +20,7 @@ from configs import byol, common, linear
 TINY = {"name": "tiny_model:Model", "variant": "mu/8", "remat": False}  # has batch norms
 # where a teacher lies in a checkpoint, spelled out: a change of place must be a choice
 PLACES = {"params": "extra/teacher/teacher_backbone", "batch_stats": "batch_stats/teacher_backbone"}
-ENCODER = linear.get_config().stage.given.init_from.load
+ENCODER = common.ENCODER  # of linear, few_label and finetune alike
 NORMS, VIT = "00_norms", "01_vit"
 
 

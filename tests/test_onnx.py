@@ -5,14 +5,16 @@ import json
 import sys
 
 import numpy as np
+import parity
 import pytest
 from test_init_from import foreign_weights, start
 from test_tools import tool
 
-from bigmed.convert import export, onnx
+from bigmed.convert import export, onnx, weights
 from bigmed.convert.encoder import Encoder
 from bigmed.errors import UserError
 from bigmed.models import bit
+from bigmed.models.catalogue import build
 
 pytest.importorskip("onnxscript", reason="onnxscript is in the extra 'onnx'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
@@ -63,14 +65,8 @@ def test_a_network_of_grey_images(tmp_path, monkeypatch, section):
     monkeypatch.setitem(bit.VARIANTS, 14, (1, 1, 1, 1))  # quick to trace
     if section["name"] == "densenet":
         pytest.importorskip("timm", reason="of transformers and timm, timm alone has a DenseNet")
-    rng = np.random.default_rng(0)
-    given = foreign_weights(0, section, 64, 1)
-    for name, leaf in given.leaves.items():
-        end = name.rpartition("/")[2]
-        if end == "kernel":
-            leaf *= max(leaf.size // leaf.shape[-1], 1) ** -0.5
-        else:
-            leaf[:] = (end in ("scale", "var")) + 0.1 * rng.random(leaf.shape)
+    leaves = parity.random_leaves(build(section), 64, 1)
+    given = weights.Weights(section, 64, 1, "none", leaves)
     assert onnx.export(given, tmp_path / "out", "card") < 1e-4
     images = np.random.default_rng(3).integers(0, 256, (4, 64, 64, 1), np.uint8)
     mine = features_of_ours(given, images)

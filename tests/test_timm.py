@@ -51,24 +51,6 @@ FACTS = {
 }  # fmt: skip
 
 
-def random_leaves(section, size, channels):
-    """Numbers that make every part of the network matter, of features of order one."""
-    rng, leaves = np.random.default_rng(0), {}
-    for name, leaf in weights.abstract_leaves(build(section), size, channels).items():
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        last = name.rpartition("/")[2]
-        if last == "kernel":
-            fan_in = max(leaf.size // leaf.shape[-1], 1)
-            leaves[name] = noise * fan_in**-0.5
-        elif last == "var":
-            leaves[name] = 1 + 0.3 * np.abs(noise)
-        elif last == "scale":
-            leaves[name] = (1 + 0.2 * noise) * (0.3 if name.endswith("norm3/scale") else 1)
-        else:
-            leaves[name] = 0.1 * noise
-    return leaves
-
-
 def features_of(model, pixels, section):
     """timm's, as the model card says; of DeiT's two tokens ours are of the first."""
     with torch.no_grad():
@@ -86,7 +68,7 @@ def assert_same(theirs, mine):
 def test_timm_loads_an_export_and_makes_the_same_features_of_an_image(case, tmp_path):
     """As its user would: by the folder alone, which says what pixels the network takes."""
     section, size, channels, normalize, _ = CASES[case]
-    leaves = random_leaves(section, size, channels)
+    leaves = parity.random_leaves(build(section), size, channels)
     given = weights.Weights(section, size, channels, normalize, leaves, eval_crop=1.0)
     card = export.model_card(given, FACTS, "timm", "unknown")
     export.export(given, "timm", tmp_path / "out", card)

@@ -167,7 +167,7 @@ def without_prefix(
     Args:
       tensors: by name.
       wanted: the names of the model's tensors.
-      prefix: the nest, where it is known; '' for none.
+      prefix: the nest, where it is known, with its last dot or without; '' for none.
 
     Returns:
       (tensors below the nest by their names there, whole names of the others).
@@ -177,6 +177,8 @@ def without_prefix(
     """
     if prefix is None:
         prefix = _find_prefix(tensors, wanted)
+    elif prefix:
+        prefix = f"{prefix.removesuffix('.')}."
     inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     return inside, [name for name in tensors if not name.startswith(prefix)]
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from bigmed import checkpoint as checkpoints_of
-from bigmed import sharding, statistics, tree
+from bigmed import networks, sharding, statistics, tree
 from bigmed.calibration import probabilities_of
 from bigmed.data import prompts as prompt_files
 from bigmed.data import texts, tokenise
@@ -152,7 +152,7 @@ class Evaluator(Scored):
 
     def _with_weights(self, state: Any, folder: str) -> Any:
         """The state with the weights of a checkpoint."""
-        weights, _ = checkpoints_of.load_flat(folder, WEIGHTS)
+        weights, _ = networks.load(folder, patterns=WEIGHTS)
         here = {n: x for n, x in tree.flatten(_weights(state)).items() if tree.matches(WEIGHTS, n)}
         there = {name: tree.describe_shape(leaf) for name, leaf in weights.items()}
         checkpoints_of.check_leaves({"leaves": there}, here, folder)
