@@ -9,9 +9,10 @@ every shape in a ResNet-50:
                  and kernel where the output is smaller than the kernel (XLA then takes 10 to 100
                  times as long)
                  the gradient by the kernel: one matrix product for each position of the kernel, or
-                 for each of its rows where the input has few channels
-                 to far fewer channels: both gradients are one product each with patches of the
-                 output's gradient
+                 one with patches where the input has few channels
+                 to far fewer channels: forwards one product for all positions of the kernel, then
+                 the sum of its shifted parts; both gradients are one product each with patches of
+                 the output's gradient
   max-pooling    forwards: XLA's; the gradient: sums of shifted windows, not a scatter
   residual sum   computed once (`once`)
 
@@ -24,6 +25,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 FEW_CHANNELS = 16
@@ -51,6 +53,8 @@ def conv_grads(
 
 def forward(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
     """`conv`, faster on a CPU."""
+    if _to_far_fewer(kernel, strides):
+        return _by_shifted_outputs(x, kernel)
     if kernel.shape[0] > 1:
         return _by_patches(x, kernel, strides)
     return lax.dot_general(_strided(x, strides), kernel[0, 0], (((3,), (0,)), ((), ())))
@@ -60,11 +64,11 @@ def grads(
     x: jax.Array, kernel: jax.Array, g: jax.Array, strides: int
 ) -> tuple[jax.Array, jax.Array]:
     """`conv_grads`, faster on a CPU."""
+    if _to_far_fewer(kernel, strides):
+        return _by_patches_of_output(x, kernel, g)
     if kernel.shape[0] > 1:
-        if strides == 1 and FEWER * kernel.shape[3] <= kernel.shape[2]:
-            return _by_patches_of_output(x, kernel, g)
         by_x = jax.linear_transpose(lambda x: _by_patches(x, kernel, strides), x)(g)[0]
-        by_kernel = _by_position if x.shape[-1] >= FEW_CHANNELS else _by_row
+        by_kernel = _by_position if x.shape[-1] >= FEW_CHANNELS else _by_all_positions
         return by_x, by_kernel(x, g, kernel.shape[0], strides)
     by_x = lax.dot_general(g, kernel[0, 0], (((3,), (1,)), ((), ())))  # BhwO,IO->BhwI
     if strides > 1:
@@ -78,14 +82,18 @@ def _by_patches(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
     h, w = (-(-size // strides) for size in x.shape[1:3])
     if min(h, w) >= k:
         return conv(x, kernel, strides)
-    p = (k - 1) // 2
-    x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-    shifted = [
-        x[:, _window(i, h, strides), _window(j, w, strides)] for i in range(k) for j in range(k)
-    ]
-    patches = jnp.concatenate(shifted, axis=-1)
-    # BhwP,PO->BhwO, P = k * k * I
+    patches = _patches(x, k, h, w, strides)
+    # BhwP,PO->BhwO
     return lax.dot_general(patches, kernel.reshape(k * k * c, -1), (((3,), (0,)), ((), ())))
+
+
+def _patches(x: jax.Array, k: int, h: int, w: int, strides: int) -> jax.Array:
+    """What each position of an output [B, h, w, O] is made of: [B, h, w, P], P = k * k * I."""
+    x = _padded(x, k)
+    x = jnp.concatenate([x[:, :, _window(j, w, strides)] for j in range(k)], axis=-1)
+    x = lax.optimization_barrier(x)  # else each row of the kernel joins its columns anew
+    x = jnp.concatenate([x[:, _window(i, h, strides)] for i in range(k)], axis=-1)
+    return lax.optimization_barrier(x)
 
 
 def _strided(x: jax.Array, strides: int) -> jax.Array:
@@ -125,16 +133,36 @@ def _by_position(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
     return stacked.reshape(k, k, *stacked.shape[1:]).transpose(0, 1, 3, 2)
 
 
-def _by_row(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
-    """As `_by_position`, one product for each of the kernel's rows."""
+def _by_all_positions(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
+    """As `_by_position`, one product for all of the kernel's positions."""
     h, w = g.shape[1:3]
-    c = x.shape[-1]
-    x = _padded(x, k)
-    # [B, H + k - 1, w, k * I]
-    x = jnp.concatenate([x[:, :, _window(j, w, strides)] for j in range(k)], axis=-1)
-    g = _rows(g)
-    rows = [_outer(_rows(x[:, _window(i, h, strides)]), g) for i in range(k)]
-    return jnp.stack(rows).reshape(k, k, c, g.shape[-1])
+    by_kernel = _outer(_rows(_patches(x, k, h, w, strides)), _rows(g))  # NP,NO->PO
+    return by_kernel.reshape(k, k, x.shape[-1], -1)
+
+
+def _to_far_fewer(kernel: jax.Array, strides: int) -> bool:
+    k, _, c, o = kernel.shape
+    return k > 1 and strides == 1 and FEWER * o <= c
+
+
+def _by_shifted_outputs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`conv` with stride 1: what each position of the kernel gives, [B, H, W, k, k, O], summed."""
+    k, _, c, o = kernel.shape
+    h, w = x.shape[1:3]
+    by_input = kernel.transpose(2, 0, 1, 3).reshape(c, -1)
+    # BHWI,IP->BHWP, P = k * k * O; to be summed in no less than float32
+    parts = lax.dot_general(
+        _padded(x, k),
+        by_input,
+        (((3,), (0,)), ((), ())),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    parts = lax.optimization_barrier(parts)  # else each shift computes its product anew
+    shifted = [
+        parts[:, i : i + h, j : j + w, start : start + o]
+        for start, (i, j) in zip(range(0, k * k * o, o), np.ndindex(k, k), strict=True)
+    ]
+    return sum(shifted[1:], start=shifted[0]).astype(x.dtype)
 
 
 def _by_patches_of_output(
