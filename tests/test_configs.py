@@ -1,13 +1,13 @@
 """Every config builds, locks, documents itself, and ends in a report in its `:smoke` form."""
 
+import contextlib
 import importlib
 import json
 import pathlib
 
-import jax
 import pytest
 
-from bigmed import curriculum, sharding
+from bigmed import curriculum
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 ON_EIGHT_DEVICES = ("few_label", "quickstart")  # where programs take twice as long to compile
@@ -35,14 +35,12 @@ def test_an_unknown_argument_is_named(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_smoke_form_ends_in_a_report(name, tmp_path, caplog, monkeypatch):
-    if name not in ON_EIGHT_DEVICES:
-        mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-        monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh)
+def test_every_smoke_form_ends_in_a_report(name, tmp_path, caplog, on_one_device):
     caplog.set_level("INFO", "bigmed")
     config = load(name, "smoke")
     config.pictures = name in WITH_PICTURES
-    printed = curriculum.run(config, tmp_path, stop=lambda: False)
+    with contextlib.nullcontext() if name in ON_EIGHT_DEVICES else on_one_device():
+        printed = curriculum.run(config, tmp_path, stop=lambda: False)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {row["stage"] for row in rows} == set(config.stages)
     assert {row["evaluator"] for row in rows} == set(config.evaluate)

@@ -14,6 +14,8 @@ from bigmed.errors import UserError
 from bigmed.models.catalogue import build
 from configs import common, convirt, quickstart
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def tiny(**overrides):
     config = quickstart.get_config("smoke")

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,14 +10,7 @@ from bigmed.data.sources import open_source
 from bigmed.errors import Preempted, UserError
 from configs import common, finetune
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """Programs for one device compile in half the time."""
-    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda sizes: mesh)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def config_of(**settings):
@@ -53,10 +45,11 @@ GRID = {"learning_rates": (0.03, 0.05), "steps": 4, "evaluate_every": 2, "runs":
 
 
 @pytest.fixture(scope="module")
-def whole(one_device, tmp_path_factory):
+def whole(on_one_device, tmp_path_factory):
     """A run of a grid of two, never stopped: its folder, table and rows."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, *run(config_of(**GRID), folder)
+    with on_one_device():
+        return folder, *run(config_of(**GRID), folder)
 
 
 def test_the_grid_is_chosen_on_validation_and_the_winner_run_again(whole):

@@ -15,6 +15,8 @@ from bigmed.errors import UserError
 from bigmed.models.catalogue import build
 from configs import common, quickstart
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 VIT = {"name": "vit", "variant": "mu/8"}
 CHOSEN, OTHER = "state_dict.backbone.", "state_dict.momentum_backbone."
 

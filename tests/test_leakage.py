@@ -16,6 +16,8 @@ from bigmed.report import table
 from bigmed.sweep import Cell
 from configs import common, quickstart
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 PHANTOM = "{workdir}/data/phantom"
 
 
@@ -64,11 +66,12 @@ def checked(config, workdir, name="given"):
 
 
 @pytest.fixture(scope="module")
-def on_test(tmp_path_factory):
+def on_test(on_one_device, tmp_path_factory):
     """A finished run that was trained on the split 'test', and not evaluated."""
     workdir = tmp_path_factory.mktemp("runs") / "HOSPITAL"
     workdir.mkdir()
-    curriculum.run(tiny("test", evaluate=()).lock(), workdir, stop=lambda: False)
+    with on_one_device():
+        curriculum.run(tiny("test", evaluate=()).lock(), workdir, stop=lambda: False)
     return workdir
 
 

@@ -17,6 +17,8 @@ from bigmed.errors import UserError
 from bigmed.models.catalogue import build
 from configs import byol, common, linear
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TINY = {"name": "tiny_model:Model", "variant": "mu/8", "remat": False}  # has batch norms
 # where a teacher lies in a checkpoint, spelled out: a change of place must be a choice
 PLACES = {"params": "extra/teacher/teacher_backbone", "batch_stats": "batch_stats/teacher_backbone"}
@@ -25,7 +27,7 @@ NORMS, VIT = "00_norms", "01_vit"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(on_one_device, tmp_path_factory):
     """BYOL for three steps, with a teacher far from its student: a network of norms, and a ViT."""
     workdir = tmp_path_factory.mktemp("byol")
     config = byol.get_config("smoke")
@@ -37,7 +39,8 @@ def run(tmp_path_factory):
         "vit": common.stage(steps=3),
     }
     config.optim = common.adamw(lr=0.01, warmup_steps=0)
-    curriculum.run(config.lock(), workdir, stop=lambda: False)
+    with on_one_device():
+        curriculum.run(config.lock(), workdir, stop=lambda: False)
     return workdir
 
 

@@ -2,20 +2,14 @@
 
 import json
 
-import jax
 import pytest
 
-from bigmed import curriculum, sharding, sweep
+from bigmed import curriculum, sweep
 from bigmed.errors import Preempted, UserError
 from bigmed.record import Record
 from configs import few_label
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Programs for one device compile in half the time."""
-    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def config_of(fractions=(0.5, 1.0), seeds=(0, 1), evaluate=("knn",), **settings):

@@ -62,6 +62,7 @@ def test_validation_is_the_objectives_loss_on_all_held_out_images(tmp_path):
     assert abs(float(other) - again[0]["val_loss"]) > 1e-4  # other images
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_best_weights_stand_for_the_stage(tmp_path):
     config = config_of(keep="best")
     with config.unlocked():
@@ -83,6 +84,7 @@ def test_the_best_weights_stand_for_the_stage(tmp_path):
     assert {row["checkpoint"] for row in rows} == {f"00_simclr/best/{best}"}
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_plateau_halves_the_rate_and_goes_on_bit_equal_after_a_stop(tmp_path):
     config = config_of(schedule="plateau", patience=1, decay=0.5)
     stage, found = run(config, tmp_path / "whole")
@@ -126,6 +128,7 @@ def test_mistakes_are_named(tmp_path, change, said):
         run(config, tmp_path)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_held_out_data_of_other_classes_will_do_and_labels_are_not_looked_at(tmp_path):
     config = config_of()
     with config.unlocked():
