@@ -163,7 +163,7 @@ def beside_torch(name: str, section: dict, module: Any, inputs: list[np.ndarray]
         a, b = (statistics.median(seconds[k]) for k in "ab")
         fastest = min(seconds["b"]) / min(seconds["a"])
         times = f"{a * 1e3:12.1f}{b * 1e3:12.1f}"
-        print(f"{name:14}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x", flush=True)
+        print(f"{name:20}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x", flush=True)
 
 
 def beside_remat(name: str, module: Any, inputs: list[np.ndarray]) -> None:
@@ -179,7 +179,7 @@ def beside_remat(name: str, module: Any, inputs: list[np.ndarray]) -> None:
     for way, step in steps.items():
         memory = f"{step.kept / 2**20:12.0f}{step.temporary / 2**20:12.0f}"
         ratios = (median[way] / median["plain"], min(seconds[way]) / min(seconds["plain"]))
-        print(f"{name:14}{way:12}{memory}" + "".join(f"{r:11.2f}x" for r in ratios), flush=True)
+        print(f"{name:20}{way:12}{memory}" + "".join(f"{r:11.2f}x" for r in ratios), flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
     )
     columns = ("kept, MiB", "plan, MiB") if REMAT.value else ("bigmed, ms", "PyTorch, ms")
     header = "".join(f"{column:>12}" for column in (*columns, "medians", "fastest"))
-    print(f"{'':14}{' ' * (12 if REMAT.value else 10)}{header}")
+    print(f"{'':20}{' ' * (12 if REMAT.value else 10)}{header}")
     for name in MODELS.value:
         if name not in named:
             raise UserError(f"--models: '{name}': {did_you_mean(name, named)}")
