@@ -226,14 +226,11 @@ def verify(state: Any, meta: Mapping[str, Any]) -> None:
             raise TornCheckpoint(f"'{name}' does not read back as it was written")
 
 
-def load_flat(
-    directory: str | os.PathLike, patterns: tuple[str, ...] = (".*",)
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_flat(directory: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The newest whole checkpoint of a stage as host arrays, for handing weights over.
 
     Args:
       directory: a stage's `checkpoints` folder, or one of its steps.
-      patterns: which paths the caller wants; the others are not returned.
 
     Returns:
       (`{path: array}`, meta).
@@ -256,8 +253,7 @@ def load_flat(
     found = _newest_whole(directory, steps, lambda step: on_every_host(lambda: read(step)))
     if found is None:
         raise UserError(f"no {'whole ' if steps else ''}checkpoint in {directory}")
-    flat, meta = found
-    return {name: leaf for name, leaf in flat.items() if tree.matches(patterns, name)}, meta
+    return found
 
 
 def _load_as_numpy(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -58,7 +58,7 @@ def check(
       UserError: no earlier stage, or one without the network; several sources or none; a key that
         says nothing.
     """
-    where = f"config.stage.{name}.init_from"
+    where = f"stage '{name}': init_from"  # of the stage alone, or of all
     if source.stage and source.stage not in earlier:
         raise UserError(
             f"{where}.stage='{source.stage}' is no earlier stage; "

@@ -47,9 +47,11 @@ def on_one_device(tmp_path_factory):
             patch.setattr(sharding, "make_mesh", lambda *args: mesh)
             jax.config.update("jax_compilation_cache_dir", programs)
             compilation_cache.reset_cache()
-            yield
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
+            try:
+                yield
+            finally:
+                jax.config.update("jax_compilation_cache_dir", None)
+                compilation_cache.reset_cache()
 
     return context
 

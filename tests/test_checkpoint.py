@@ -130,9 +130,9 @@ def test_a_torn_newest_falls_back_with_a_line(tmp_path, capsys, damage):
 
 def test_load_flat_gives_the_newest_whole_one(tmp_path, capsys):
     states = saved(tmp_path)
-    flat, meta = checkpoint.load_flat(tmp_path, ("params/.*",))
+    flat, meta = checkpoint.load_flat(tmp_path)
     assert meta["step"] == 2
-    assert set(flat) == {"params/kernel", "params/half", "params/zeros"}
+    assert {"params/kernel", "params/half", "params/zeros"} <= set(flat)
     np.testing.assert_array_equal(flat["params/kernel"], states[2]["params"]["kernel"])
     damage_truncate(tmp_path / "2")
     assert checkpoint.load_flat(tmp_path)[1]["step"] == 1

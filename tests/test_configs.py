@@ -10,7 +10,7 @@ import pytest
 from bigmed import curriculum
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-ON_EIGHT_DEVICES = ("few_label", "quickstart")  # where programs take twice as long to compile
+ON_EIGHT_DEVICES = ("convirt", "few_label", "quickstart")  # programs compile for twice as long
 WITH_PICTURES = ("convirt", "quickstart")  # drawing them takes time
 NAMES = sorted(p.stem for p in (REPO / "configs").glob("*.py") if p.stem != "common")
 

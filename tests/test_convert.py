@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 from test_tools import tool
 
-from bigmed import augment, checkpoint, curriculum, tree
+from bigmed import augment, curriculum, networks, tree
 from bigmed.convert import export, onnx, read, resnet, weights
 from bigmed.convert.encoder import Encoder
 from bigmed.errors import UserError
@@ -327,7 +327,8 @@ def test_a_run_is_exported_loaded_by_transformers_and_imported_again_bit_equal(r
     done = tool("import_weights", "--from=huggingface", f"--src={out}", f"--out={imported}",
                 "--normalize=none", "--size=32", "--channels=1")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    flat, _ = checkpoint.load_flat(run / "00_simclr" / "checkpoints", ("params/backbone/.*",))
+    backbone = ("params/backbone/.*",)
+    flat, _ = networks.load(run / "00_simclr" / "checkpoints", patterns=backbone)
     found = weights.load(imported)
     assert len(flat) == len(found.leaves)
     for name, leaf in flat.items():
@@ -467,7 +468,7 @@ def test_a_stage_starts_from_imported_weights_and_says_what_does_not_fit(run, tm
     weights.save(stage_weights, imported, {})
     for source in ({"weights": str(imported)}, {"weights": str(out), "naming": "huggingface"}):
         workdir = vit_run(tmp_path / source.get("naming", "ours"), source)
-        flat, _ = checkpoint.load_flat(workdir / "00_simclr" / "checkpoints", ("params/.*",))
+        flat, _ = networks.load(workdir / "00_simclr" / "checkpoints")
         for name, leaf in stage_weights.leaves.items():
             np.testing.assert_array_equal(flat[name.replace("/", "/backbone/", 1)], leaf)
     config = json.loads((imported / "encoder.json").read_text())

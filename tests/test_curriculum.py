@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigmed import checkpoint, curriculum
+from bigmed import checkpoint, curriculum, networks
 from bigmed.convert import weights
 from bigmed.data import tokenise
 from bigmed.errors import UserError
@@ -194,7 +194,7 @@ def tower_of(config, workdir, **changes):
 
 
 def trained_by(workdir, stage):
-    return checkpoint.load_flat(workdir / stage / "checkpoints", ("(params|batch_stats)/.*",))[0]
+    return networks.load(workdir / stage / "checkpoints")[0]
 
 
 def test_both_towers_come_from_elsewhere_and_go_on_to_the_next_stage(tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bigmed import checkpoint, curriculum, metrics, sharding, train
+from bigmed import curriculum, metrics, networks, sharding, train
 from bigmed.data.sources import open_source
 from bigmed.errors import Preempted, UserError
 from configs import common, finetune
@@ -38,7 +38,7 @@ def folder_of(workdir):
 
 
 def weights(folder):
-    return checkpoint.load_flat(folder, ("params/.*",))[0]
+    return networks.load(folder, patterns=("params/.*",))[0]
 
 
 GRID = {"learning_rates": (0.03, 0.05), "steps": 4, "evaluate_every": 2, "runs": 2}

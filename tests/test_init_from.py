@@ -93,12 +93,14 @@ def test_a_stage_reads_a_file_as_the_tool_does(tmp_path, pickled, caplog):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({"weights": "x", "prefix": "a."}, r"\.given\.init_from\.prefix='a\.' is of init_"),
+        ({"weights": "x", "prefix": "a."}, r"'given': init_from\.prefix='a\.' is of init_"),
         ({"naming": "timm"}, r"naming='timm' is of init_from\.weights, which is empty"),
         ({"text_naming": "huggingface"}, r"is of init_from\.text_weights, which is empty"),
         ({"text_weights": "x", "text_prefix": "a."}, r"is of init_from\.text_naming, which"),
         ({"weights": "x", "allow_pickle": True}, r"naming or init_from\.text_naming, which is"),
         ({"weights": "x", "stage": "first"}, "has stage and weights; give one of"),
+        ({"load": (".*",)}, "has no source; give one of"),
+        ({"skip": (".*",)}, "has no source; give one of"),
     ],
 )
 def test_keys_that_say_nothing_are_refused(tmp_path, source, said):

@@ -20,7 +20,10 @@ CONVOLUTIONS = [
     (3, 1, 6, 7, 16, 8),
     (3, 2, 9, 8, 16, 16),
     (3, 1, 6, 7, 24, 8),
+    (3, 2, 9, 8, 24, 8),
     (5, 1, 4, 6, 16, 4),
+    (3, 1, 2, 5, 16, 16),
+    (3, 2, 4, 3, 16, 16),
     (3, 1, 5, 6, 3, 8),
     (7, 2, 12, 11, 3, 16),
 ]
@@ -72,6 +75,15 @@ def test_conv_equals_its_definition_and_xla_gradients(k, s, h, w, i, o):
     expected = jax.vjp(lambda x, kernel: xla_conv(x, kernel, s), x, kernel)[1](g)
     for found, wanted in zip(vjp(g), expected, strict=True):
         assert relative_error(found, wanted) < 1e-5
+
+
+def test_conv_to_far_fewer_channels_is_rounded_once():
+    x, kernel = (
+        jnp.asarray(random(*shape), jnp.bfloat16) for shape in ((2, 8, 9, 48), (3, 3, 48, 8))
+    )
+    found = np.asarray(jax.jit(lambda x, k: layers.conv2d(x, k, 1))(x, kernel), np.float64)
+    exact = scipy_conv(np.asarray(x, np.float32), np.asarray(kernel, np.float32), 1)
+    assert (np.abs(found - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all()
 
 
 @pytest.mark.parametrize(("k", "s"), [(1, 1), (3, 2)])

@@ -142,7 +142,7 @@ def test_a_network_that_is_not_there_is_one_line(run, tmp_path):
     config = linear.get_config("smoke")
     config.evaluate, config.stages = (), ("untrained", "given")
     config.stage.given.init_from = common.init_from(stage="untrained", network="teacher")
-    said = r"given\.init_from\.network='teacher': objective 'simclr' of stage 'untrained' .*student"
+    said = r"'given': init_from\.network='teacher': objective 'simclr' of stage 'untr.*student"
     with pytest.raises(UserError, match=said):
         curriculum.run(config, tmp_path, stop=lambda: False)
     assert not list(tmp_path.rglob("checkpoints")), "found before any stage runs"
