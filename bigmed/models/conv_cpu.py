@@ -176,13 +176,11 @@ def _by_patches_of_output(
     """
     k, _, c, o = kernel.shape
     h, w = x.shape[1:3]
-    # Both would be computed anew for every position and product.
-    g = once(partial(_padded, k=k), g)
-    shifted = [g[:, i : i + h, j : j + w] for i in range(k)[::-1] for j in range(k)[::-1]]
-    patches = lax.optimization_barrier(jnp.concatenate(shifted, axis=-1))  # P = k * k * O
-    by_x = lax.dot_general(patches, kernel.swapaxes(2, 3).reshape(-1, c), (((3,), (0,)), ((), ())))
+    patches = _patches(g, k, h, w, 1)  # P = k * k * O, from the kernel's last position to its first
+    turned = kernel[::-1, ::-1].swapaxes(2, 3).reshape(-1, c)
+    by_x = lax.dot_general(patches, turned, (((3,), (0,)), ((), ())))  # BHWP,PI->BHWI
     by_kernel = _outer(_rows(x), _rows(patches))  # NI,NP->IP
-    return by_x, by_kernel.reshape(c, k, k, o).transpose(1, 2, 0, 3)
+    return by_x, by_kernel.reshape(c, k, k, o)[:, ::-1, ::-1].transpose(1, 2, 0, 3)
 
 
 def join(*parts: jax.Array) -> jax.Array:
