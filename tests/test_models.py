@@ -236,7 +236,8 @@ def test_scan_changes_neither_names_nor_results():
         found = loss_and_grads(scanned, variables, x)
         assert_trees_close(found, expected, rtol=1e-3)
         program = str(jax.make_jaxpr(lambda v, m=scanned: m.apply(v, x, train=True))(variables))
-        assert program.count("logistic") == 1  # one block in the program, not three
+        # one block for all but the last, which has its class token and the others apart
+        assert program.count("logistic") == 1 + 2
         assert ("remat" in program or "checkpoint" in program) == remat
     key = jax.random.key(0)
     init = jax.jit(lambda x: scanned.init(key, x, train=False))(x)["params"]

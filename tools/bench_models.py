@@ -133,7 +133,8 @@ def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Ca
     def features() -> Any:
         with torch.autocast(device, torch.bfloat16, enabled=half):
             out = call(*x)
-        return getattr(out, "last_hidden_state", out).float()
+        out = getattr(out, "last_hidden_state", out).float()
+        return out[:, 0] if getattr(module, "pool", None) == "cls" else out
 
     def wait() -> None:
         if device == "cuda":

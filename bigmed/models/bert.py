@@ -5,10 +5,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from bigmed.errors import UserError, did_you_mean
+from bigmed.models.transformer import Attention, Mlp
 
 POOLS = ("max", "mean", "cls", "last4")
 TOKEN_TYPES = 2  # the first and the second text of a pair
@@ -82,47 +82,6 @@ class Embeddings(nn.Module):
         return nn.Dropout(self.dropout, deterministic=False)(x)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention to the tokens of the mask; the softmax is float32."""
-
-    heads: int
-    dropout: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """[B, T, D], [B, T] bool -> [B, T, D]."""
-        d = x.shape[-1]
-        # B: text, T: query, S: key, H: head, K: dimension of a head
-        qkv = nn.DenseGeneral(
-            (3, self.heads, d // self.heads), dtype=self.dtype, kernel_init=init, name="qkv"
-        )(x)
-        q, k, v = (qkv[:, :, i] for i in range(3))  # BTHK
-        q = q / np.sqrt(d // self.heads).astype(q.dtype)
-        logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
-        # finite, so that a text without tokens gives no NaN
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(logits, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(self.dropout, deterministic=False)(weights)
-        x = jnp.einsum("bhts,bshk->bthk", weights, v)
-        return nn.DenseGeneral(d, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(x)
-
-
-class Mlp(nn.Module):
-    """Two dense layers with an exact GELU between."""
-
-    hidden: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        d = x.shape[-1]
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="up")(x)
-        x = nn.gelu(x, approximate=False)
-        return nn.Dense(d, dtype=self.dtype, kernel_init=init, name="down")(x)
-
-
 class Layer(nn.Module):
     """A post-norm transformer layer."""
 
@@ -141,9 +100,11 @@ class Layer(nn.Module):
             # statistics are float32
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)(x + y)
 
-        attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
-        x = add_and_norm(x, attention(x, mask), "norm1")
-        return add_and_norm(x, Mlp(self.mlp_dim, self.dtype, name="mlp")(x), "norm2")
+        settings = {"dropout": self.dropout, "dtype": self.dtype}
+        (y,) = Attention(self.heads, init, init, **settings, name="attention")(x, mask)
+        x = add_and_norm(x, y, "norm1")
+        mlp = Mlp(self.mlp_dim, init, nn.initializers.zeros, self.dtype, name="mlp")
+        return add_and_norm(x, mlp(x), "norm2")
 
 
 class Model(nn.Module):

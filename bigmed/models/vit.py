@@ -13,6 +13,7 @@ import numpy as np
 
 from bigmed.errors import UserError, did_you_mean
 from bigmed.models.positions import sincos2d
+from bigmed.models.transformer import Attention, Dense, DenseGeneral, Mlp
 
 
 class Size(NamedTuple):
@@ -76,6 +77,7 @@ SHARDING = (
 )
 
 xavier = nn.initializers.xavier_uniform()
+mlp_bias = nn.initializers.normal(1e-6)
 
 
 def side_by_side(count: int) -> Any:
@@ -88,55 +90,26 @@ def side_by_side(count: int) -> Any:
     return init
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; the softmax is float32."""
+class SwiGlu(nn.Module):
+    """An MLP of a dense layer, silu of its one half times the other, and another dense layer.
 
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> [B, N, D]."""
-        d = x.shape[-1]
-        # B: image, N: query, M: key, H: head, K: dimension of a head
-        qkv = nn.DenseGeneral(
-            (3, self.heads, d // self.heads),
-            dtype=self.dtype,
-            kernel_init=side_by_side(3),
-            name="qkv",
-        )(x)
-        q, k, v = (qkv[:, :, i] for i in range(3))  # BNHK
-        q = q / np.sqrt(d // self.heads).astype(q.dtype)
-        logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(logits, axis=-1).astype(self.dtype)
-        x = jnp.einsum("bhnm,bmhk->bnhk", weights, v)
-        out = nn.DenseGeneral(d, (-2, -1), dtype=self.dtype, kernel_init=xavier, name="out")
-        return out(x)
-
-
-class Mlp(nn.Module):
-    """Two dense layers with an exact GELU between, or SwiGLU (arXiv 2002.05202)."""
+    arXiv 2002.05202.
+    """
 
     hidden: int
-    kind: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        bias = {"bias_init": nn.initializers.normal(1e-6)}
         d = x.shape[-1]
-        if self.kind == "swiglu":
-            # the gate beside the values, not before them, so that a split of `hidden` over devices
-            # gives each its share of both
-            hidden = swiglu_hidden(self.hidden)
-            init = {"kernel_init": side_by_side(2), **bias}
-            x = nn.DenseGeneral((2, hidden), dtype=self.dtype, **init, name="up")(x)
-            x = nn.silu(x[:, :, 0]) * x[:, :, 1]
-        else:
-            x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, **bias, name="up")(x)
-            x = nn.gelu(x, approximate=False)
-        return nn.Dense(d, dtype=self.dtype, kernel_init=xavier, **bias, name="down")(x)
+        settings = {"dtype": self.dtype, "bias_init": mlp_bias}
+        # the gate beside the values, not before them, so that a split of `hidden` over devices
+        # gives each its share of both
+        up = DenseGeneral((2, self.hidden), kernel_init=side_by_side(2), **settings, name="up")
+        x = up(x)
+        x = nn.silu(x[:, :, 0]) * x[:, :, 1]
+        return Dense(d, kernel_init=xavier, **settings, name="down")(x)
 
 
 def swiglu_hidden(mlp_dim: int) -> int:
@@ -159,29 +132,40 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block; `ends`: where its tokens are split, as in `Attention`."""
 
     size: Size
     mlp: str
     layer_scale: float
     norm_eps: float
     dtype: Any
+    ends: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> [B, N, D]."""
-        branches = (
-            Attention(self.size.heads, self.dtype, name="attention"),
-            Mlp(self.size.mlp_dim, self.mlp, self.dtype, name="mlp"),
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """[B, N, D] -> a [B, N_i, D] of each group of tokens."""
+        # statistics are float32
+        norms = [
+            nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}") for i in (1, 2)
+        ]
+        scales = [lambda y: y] * 2
+        if self.layer_scale:
+            scales = [
+                LayerScale(self.layer_scale, self.dtype, name=f"layer_scale{i}") for i in (1, 2)
+            ]
+        attention = Attention(
+            self.size.heads, side_by_side(3), xavier, 0.0, self.ends, self.dtype, name="attention"
         )
-        for i, branch in enumerate(branches, start=1):
-            # statistics are float32
-            y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}")(x)
-            y = branch(y)
-            if self.layer_scale:
-                y = LayerScale(self.layer_scale, self.dtype, name=f"layer_scale{i}")(y)
-            x = x + y
-        return x
+        if self.mlp == "swiglu":
+            mlp = SwiGlu(swiglu_hidden(self.size.mlp_dim), self.dtype, name="mlp")
+        else:
+            mlp = Mlp(self.size.mlp_dim, xavier, mlp_bias, self.dtype, name="mlp")
+        groups = []
+        attended = attention(norms[0](x))
+        for group, y in zip(jnp.split(x, self.ends, axis=1), attended, strict=True):
+            y = group + scales[0](y)
+            groups.append(y + scales[1](mlp(norms[1](y))))
+        return groups
 
 
 class Model(nn.Module):
@@ -302,11 +286,10 @@ class Model(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(tokens, (b, t, d)), x + codes[:, coded:]], axis=1)
         else:
             x = x + codes
-        x = self._encode(x, size)
-        x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
-        patches = x[:, t:]
-        cls = self.pool == "cls"
-        features = x[:, 0] if cls else jnp.mean(patches, axis=1, dtype=jnp.float32)
+        norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        *first, last = [norm(group) for group in self._encode(x, size)]
+        patches = last[:, t - len(first) :]
+        features = first[0][:, 0] if first else jnp.mean(patches, axis=1, dtype=jnp.float32)
         return features.astype(jnp.float32), {"feature_map": patches.reshape(b, h, w, d)}
 
     def _tokens(self, d: int) -> jax.Array:
@@ -322,22 +305,31 @@ class Model(nn.Module):
                 parts.append(token.astype(self.dtype))
         return jnp.concatenate(parts, axis=1)
 
-    def _encode(self, x: jax.Array, size: Size) -> jax.Array:
-        """All blocks: [B, N, D] -> [B, N, D]."""
-        names = [f"block{i}" for i in range(1, size.depth + 1)]
+    def _encode(self, x: jax.Array, size: Size) -> list[jax.Array]:
+        """All blocks: [B, N, D] -> [B, N, D], the class token by itself if it is the features.
+
+        In a jitted program that uses the features alone, the other tokens have neither attention
+        nor MLP in the last block: they are there to be attended to.
+        """
+        *names, last = (f"block{i}" for i in range(1, size.depth + 1))
         settings = (size, self.mlp, self.layer_scale, self.norm_eps, self.dtype)
-        if not self.scan or self.is_initializing():
-            block = nn.remat(Block) if self.remat else Block
+        block = nn.remat(Block) if self.remat else Block
+        if self.scan and names and not self.is_initializing():
+            x = self._scan(x, names, Block(*settings, parent=None))
+        else:
             for name in names:
-                x = block(*settings, name=name)(x)
-            return x
+                (x,) = block(*settings, name=name)(x)
+        ends = (1,) if self.pool == "cls" else ()
+        return block(*settings, ends, name=last)(x)
+
+    def _scan(self, x: jax.Array, names: list[str], block: Block) -> jax.Array:
+        """The blocks of these names, one by one in a loop: [B, N, D] -> [B, N, D]."""
         # The parameters are stacked here, not in the checkpoint.
         params = self.variables["params"]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[n] for n in names))
-        block = Block(*settings, parent=None)
 
         def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return block.apply({"params": params}, x), None
+            return block.apply({"params": params}, x)[0], None
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
@@ -349,6 +341,6 @@ class Model(nn.Module):
         h, w = height // patch, width // patch
         x = x.astype(self.dtype).reshape(b, h, patch, w, patch, c)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, patch * patch * c)
-        return nn.Dense(
+        return Dense(
             d, dtype=self.dtype, kernel_init=nn.initializers.lecun_normal(), name="patches"
         )(x)
