@@ -267,7 +267,7 @@ def test_frozen_stages_get_no_gradient_and_keep_their_statistics(stage):
     [
         (resnet.Model(6, stem="small"), resnet.SHARDING),
         (vit.Model("mu/8"), vit.SHARDING),
-        (vit.Model("mu/8", scan=True, mlp="swiglu"), vit.SHARDING),
+        (vit.Model("deep/8", scan=True, mlp="swiglu"), vit.SHARDING),
     ],
     ids=["resnet", "vit", "vit-scan"],
 )

@@ -12,7 +12,7 @@ from test_convirt import LENGTH, batch_of, spec_of
 from test_objectives import BATCH, make_batch
 
 from bigmed import optim, sharding
-from bigmed.models import bit, densenet, resnet
+from bigmed.models import bit, densenet, resnet, vit
 from bigmed.objectives import byol, c2l, convirt, micle, moco_v3, simclr, supervised
 from bigmed.state import abstract_state, make_init
 from bigmed.step import MicroBatches, make_train_step
@@ -40,7 +40,7 @@ CASES = {
     ),
     "byol": (byol, common.byol_objective(**MLP), TINY, "lars", 1),
     "moco_v3": (
-        moco_v3, common.moco_v3_objective(**MLP), common.vit("mu/8", scan=True, remat=True),
+        moco_v3, common.moco_v3_objective(**MLP), common.vit("deep/8", scan=True, remat=True),
         "adamw", 1,
     ),
     "supervised": (supervised, ConfigDict(FINETUNED), BIT, "sgd", 1),
@@ -80,7 +80,7 @@ def traced(name, folder, sizes, precision):
 
 @pytest.fixture(autouse=True)
 def _marked(monkeypatch):
-    """Operations of one platform alone carry its name; networks have a block a stage."""
+    """Operations of one platform alone carry its name; networks have a block a stage, or three."""
     choose = jax.lax.platform_dependent
 
     def marking(*args, default=None, **branches):
@@ -91,6 +91,7 @@ def _marked(monkeypatch):
     monkeypatch.setitem(resnet.VARIANTS, 1, ((1, 1, 1, 1), True))
     monkeypatch.setitem(densenet.VARIANTS, 1, (4, (1, 1)))
     monkeypatch.setitem(bit.VARIANTS, 1, (1, 1, 1, 1))
+    monkeypatch.setitem(vit.VARIANTS, "deep", vit.Size(16, 3, 32, 2))
 
 
 def lowered(program, platform):

@@ -56,6 +56,18 @@ def test_attend_and_its_gradients(masked, dropped):
         np.testing.assert_allclose(np.asarray(found, np.float32), e, rtol=0.05, atol=0.05)
 
 
+def test_what_all_values_share_cancels_in_the_gradient_of_attention():
+    """Also in bfloat16, where a mean of 5 in v is 5 times what the gradient is of."""
+    q, k, v, g = (random(1, 4, 48, 32, seed=i) for i in range(4))
+    half = [a.astype(jnp.bfloat16) for a in (2 * q, k, v + 5, g)]
+    q, k, v, g = (np.asarray(a, np.float32) for a in half)
+    expected = attention_oracle(q, k, v, None, None, g)[1:]
+    _, pull = jax.vjp(lambda q, k, v: transformer.attend(q, k, v, None, None), *half[:3])
+    for found, e in zip(pull(half[3]), expected, strict=True):
+        error = np.linalg.norm(np.asarray(found, np.float64) - e) / np.linalg.norm(e)
+        assert error < 0.01
+
+
 def test_attention_of_huge_logits_is_finite():
     q = jnp.full((1, 1, 2, K), 1e4)
     k = jnp.stack([jnp.full(K, 1e4), jnp.full(K, -1e4)])[None, None]
@@ -70,6 +82,14 @@ def test_what_attention_keeps_for_its_gradient_is_of_its_dtype():
     _, pull = jax.vjp(lambda q: transformer.attend(q, q, q, None, None), q)
     large = [leaf for leaf in jax.tree.leaves(pull) if leaf.size == 64 * 64]
     assert [leaf.dtype for leaf in large] == [jnp.bfloat16]
+
+
+def test_on_all_cores_changes_neither_product_nor_gradient():
+    product = np.array([[3, 3, -np.inf], [np.inf, 0, -1], [0, 0, 0]], np.float32)
+    found, pull = jax.vjp(transformer._on_all_cores, product)
+    np.testing.assert_array_equal(found, product)
+    g = random(3, 3)
+    np.testing.assert_array_equal(pull(g)[0], g)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -115,24 +135,24 @@ def test_split_heads_and_its_gradient():
 
 
 def test_groups_of_queries_are_those_of_all_together():
-    """With dropout too, whose draws are those of all."""
-    x = random(2, 7, 12)
+    """With a mask and dropout too, whose draws are those of all."""
+    x, mask = random(2, 7, 12), np.arange(7)[None] < np.array([[7], [3]])
     init = nn.initializers.lecun_normal()
     whole = transformer.Attention(3, init, init, dropout=0.5)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     variables = whole.init(rngs, x)
-    (expected,) = whole.apply(variables, x, rngs=rngs)
-    groups = whole.clone(ends=(1, 4)).apply(variables, x, rngs=rngs)
+    (expected,) = whole.apply(variables, x, mask, rngs=rngs)
+    groups = whole.clone(ends=(1, 4)).apply(variables, x, mask, rngs=rngs)
     assert [group.shape[1] for group in groups] == [1, 3, 3]
     np.testing.assert_allclose(jnp.concatenate(groups, axis=1), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["", "scan"])
-def test_features_cost_no_work_that_only_the_map_needs(scan, monkeypatch):
+@pytest.mark.parametrize("ways", [{}, {"scan": True}, {"remat": True}], ids=["", "scan", "remat"])
+def test_features_cost_no_work_that_only_the_map_needs(ways, monkeypatch):
     """In the last block the class token alone has attention and MLP, forward and backward."""
     d, tokens, depth = 64, 1 + 25, 3
     monkeypatch.setitem(vit.VARIANTS, "deep", vit.Size(d, depth, 4 * d, 2))
-    model = vit.Model("deep/8", scan=scan)
+    model = vit.Model("deep/8", **ways)
     x = random(1, 40, 40, 3)
     variables = model.init(jax.random.key(0), x, train=False)
 

@@ -57,7 +57,7 @@ def main(argv):
                     shown = f"{found[0]:8.1f} {found[1]:6.1f}"
                     print(f"{name:20} {batch:8} {dim:6} {shown}", flush=True)
     device = jax.devices()[0]
-    print(f"seconds on one device ({device.device_kind}), dim {DIM.value}")
+    print(f"seconds on one device ({timing.device_name(device)}), dim {DIM.value}")
     for name in LOSSES:
         for batch in map(int, BATCHES.value):
             keys = jax.random.split(jax.random.key(0))

@@ -5,9 +5,10 @@
     python tools/bench_models.py --models=resnet50,vit_s16 --batch=8 --remat
 
 Forward is in evaluation mode without gradients; a training step is forward in training mode,
-backward by the parameters, and plain SGD. The two libraries take turns. PyTorch runs on JAX's kind
-of device if it has it (on a GPU in bf16 and compiled), else on the CPU, on all cores, as it is. For
-texts, --size is the number of tokens.
+backward by the parameters, and plain SGD; neither has dropout. The two libraries take turns.
+PyTorch runs on JAX's kind of device if it has it (on a GPU in bf16 and compiled), else on the CPU,
+on all cores, as it is. For texts, --size is the number of tokens. Where the features are a class
+token, our last block computes that one's alone, as in the training loop; PyTorch's computes all.
 
 With --remat a training step takes turns with those that compute activations anew in their
 backward pass (`config.model.remat`, with `config.model.scan` or without). The table says what each
@@ -110,7 +111,9 @@ def torch_twin(section: dict, module: Any) -> Any:
     family = weights.family_of(section, "huggingface")
     shapes = {k: v.shape for k, v in weights.abstract_leaves(module, SIZE.value, 3).items()}
     described = family.describe(module, "huggingface", shapes)
-    config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    kind = described.pop("model_type")
+    config = transformers.AutoConfig.for_model(kind, **described, **dropouts)
     return getattr(transformers, described["architectures"][0])(config)
 
 
@@ -189,7 +192,8 @@ def main(argv: list[str]) -> None:
     named = named_models()
     print(
         f"{BATCH.value} inputs of size {SIZE.value} a step, {PRECISION.value}, jax "
-        f"{jax.__version__} on {jax.devices()[0].device_kind}; medians of {STEPS.value}, in turns"
+        f"{jax.__version__} on {timing.device_name(jax.devices()[0])}; medians of {STEPS.value}, "
+        "in turns"
     )
     columns = ("kept, MiB", "plan, MiB") if REMAT.value else ("bigmed, ms", "PyTorch, ms")
     header = "".join(f"{column:>12}" for column in (*columns, "medians", "fastest"))

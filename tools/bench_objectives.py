@@ -114,7 +114,7 @@ class Timed:
 def main(argv: list[str]) -> None:
     """Prints a line for each objective and measure."""
     del argv
-    device = jax.devices()[0].device_kind
+    device = timing.device_name(jax.devices()[0])
     print(
         f"ResNet-{DEPTH.value}, {SIZE.value} px, batch {BATCH.value}, float32, jax "
         f"{jax.__version__} on {device}; medians of {STEPS.value} steps, in turns"

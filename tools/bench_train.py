@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
 
     print(
         f"{MODEL.value}, {SIZE.value} px, {BATCH.value} images = {2 * BATCH.value} views a step, "
-        f"{PRECISION.value}, jax {jax.__version__} on {device.device_kind}; medians of "
+        f"{PRECISION.value}, jax {jax.__version__} on {timing.device_name(device)}; medians of "
         f"{STEPS.value} steps, in turns; PyTorch without torch.compile"
     )
     print(f"{'':14}{'ms/step':>10}{'fastest':>10}{'images/s':>10}{'GFLOP/s':>10}")

@@ -1,7 +1,8 @@
-"""What the benchmarks share: timing in turns, and what devices are sold for."""
+"""What the benchmarks share: timing in turns, and what devices are called and sold for."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # dense bf16 TFLOP/s, by a part of `device_kind`; the first that fits
@@ -21,6 +22,17 @@ def time_in_turns(runs: dict[str, Callable[[], None]], steps: int) -> dict[str, 
             if i >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def device_name(device: Any) -> str:
+    """What JAX calls the device; of a CPU, where that says nothing, what Linux knows of it too."""
+    cpus = Path("/proc/cpuinfo")
+    if device.platform != "cpu" or not cpus.exists():
+        return device.device_kind
+    first = cpus.read_text().split("\n\n")[0]
+    known = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines())
+    kept = [f"{key} {known[key]}" for key in ("cpu family", "model") if key in known]
+    return ", ".join([known.get("model name", device.device_kind), *kept])
 
 
 def peak_flops(device: Any, given_tflops: float | None) -> float | None:

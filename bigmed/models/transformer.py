@@ -57,7 +57,8 @@ def dot_general(
     x: jax.Array, kernel: jax.Array, dimensions: tuple, precision: None = None
 ) -> jax.Array:
     """A Flax layer's `jax.lax.dot_general` over the last axes of x, with the gradient above."""
-    del precision  # only with a precision of its own would a layer give one
+    if precision is not None:
+        raise ValueError(f"precision={precision}: valid here: None, JAX's default")
     return _product(x, kernel, len(dimensions[0][0]))
 
 
@@ -89,8 +90,9 @@ def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
+@jax.custom_jvp
 def _on_all_cores(product: jax.Array) -> jax.Array:
-    """The product as it is.
+    """The product as it is, but for a NaN, which becomes its whole row.
 
     XLA makes a batched product on one core of a CPU, and on all if it is fused with a reduction.
     """
@@ -101,21 +103,23 @@ def _on_all_cores(product: jax.Array) -> jax.Array:
     )
 
 
+_on_all_cores.defjvps(lambda tangent, result, product: tangent)
+
+
 @jax.custom_vjp
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, factor: jax.Array | None
 ) -> jax.Array:
     """Softmax attention whose weights are divided by their sum after their product with v.
 
-    The division is of N x K numbers so, not of N x M; and as in FlashAttention (arXiv 2205.14135,
-    appendix B.2) the gradient of the softmax needs the output alone. Products are of q's dtype,
-    also those of the gradient; logits, softmax and sums are float32.
+    The division is of N x K numbers so, not of N x M. Products are of q's dtype, also those of the
+    gradient; logits, softmax and sums are float32.
 
     Args:
       q: [B, H, N, K], scaled.
       k, v: [B, H, M, K].
       mask: [B, M] bool, what is attended to; None: everything. A row without any gets the mean.
-      factor: [B, H, N, M], of the softmax's result (dropout); None: 1.
+      factor: [B, H, N, M], of the softmax's result (dropout); None: 1. It has no gradient.
 
     Returns:
       [B, H, N, K] in q's dtype.
@@ -131,25 +135,26 @@ def _attend_forward(
     if mask is not None:
         # finite, so that a row without any gives no NaN
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    unnormalised = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    total = jnp.sum(unnormalised, axis=-1, keepdims=True)
-    unnormalised = unnormalised.astype(q.dtype)
+    unnormalised = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(q.dtype)
+    # of what is multiplied with v, so that the weights sum to 1 whatever the dtype
+    total = jnp.sum(unnormalised, axis=-1, keepdims=True, dtype=jnp.float32)
     dropped = unnormalised if factor is None else unnormalised * factor.astype(q.dtype)
     out = jnp.einsum("bhnm,bhmk->bhnk", dropped, v, preferred_element_type=jnp.float32)
     out = (_on_all_cores(out) / total).astype(q.dtype)
-    return out, (q, k, v, mask, factor, unnormalised, total, out)
+    return out, (q, k, v, mask, factor, unnormalised, total)
 
 
 def _attend_backward(saved: tuple, g: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, k, v, mask, factor, unnormalised, total, out = saved
-    g32 = g.astype(jnp.float32) / total
-    shift = jnp.sum(g32 * out.astype(jnp.float32), axis=-1, keepdims=True)
-    g = g32.astype(q.dtype)
+    q, k, v, mask, factor, unnormalised, total = saved
+    g = (g.astype(jnp.float32) / total).astype(q.dtype)
     by_weights = jnp.einsum("bhnk,bhmk->bhnm", g, v, preferred_element_type=jnp.float32)
     dropped = unnormalised
     if factor is not None:
         by_weights = by_weights * factor
         dropped = unnormalised * factor.astype(q.dtype)
+    # Not from g and the output, as FlashAttention has it (arXiv 2205.14135, appendix B.2): what all
+    # values share then does not cancel to the last bit where products round their inputs.
+    shift = jnp.sum(unnormalised * by_weights, axis=-1, keepdims=True) / total
     by_logits = unnormalised * (by_weights - shift)
     if mask is not None:
         by_logits = jnp.where(mask[:, None, None], by_logits, 0.0)
@@ -187,7 +192,7 @@ class Attention(nn.Module):
       qkv_init, out_init: of the kernels.
       dropout: of the softmax's result; its rng stream is 'dropout'.
       ends: where the tokens are split into groups whose outputs are computed each by itself, so
-        that a group that nobody uses costs nothing in a jitted program; all are attended to.
+        that one that nobody uses costs its queries alone in a jitted program; all are attended to.
       dtype: of the arithmetic, see `attend`.
     """
 

@@ -184,8 +184,8 @@ class Model(nn.Module):
       mlp: 'gelu' or 'swiglu'.
       layer_scale: first value of LayerScale; 0: there is none.
       norm_eps: of all norms; 1e-12 in transformers' ViT and DeiT.
-      scan: one `lax.scan` over the blocks, which compiles faster, for deep networks; costs a copy
-        of the weights a step.
+      scan: one `lax.scan` over all blocks but the last, which compiles faster, for deep networks;
+        costs a copy of the weights a step.
       remat: recompute each block's activations in the backward pass, to save memory.
       dtype: of the arithmetic; parameters, statistics of norms and softmax are float32.
 
@@ -306,10 +306,10 @@ class Model(nn.Module):
         return jnp.concatenate(parts, axis=1)
 
     def _encode(self, x: jax.Array, size: Size) -> list[jax.Array]:
-        """All blocks: [B, N, D] -> [B, N, D], the class token by itself if it is the features.
+        """All blocks: [B, N, D] -> [[B, N, D]], or the class token and the others apart.
 
-        In a jitted program that uses the features alone, the other tokens have neither attention
-        nor MLP in the last block: they are there to be attended to.
+        In a jitted program that uses the class token alone, the last block of the others ends with
+        their queries, keys and values: they are there to be attended to.
         """
         *names, last = (f"block{i}" for i in range(1, size.depth + 1))
         settings = (size, self.mlp, self.layer_scale, self.norm_eps, self.dtype)

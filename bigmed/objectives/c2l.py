@@ -216,17 +216,16 @@ class Objective(momentum.Objective):
     def _encode(
         self, name: str, params: Any, stats: Any, images: jax.Array, train: bool
     ) -> tuple[jax.Array, Any]:
-        """Features of images [B, S, S, C], batch statistics taken in groups of the rows."""
+        """Features of images [B, S, S, C], with batch statistics, if any, of groups of the rows."""
         groups = self.config["bn_groups"]
-        if groups == 1 or not train:
+        if groups == 1 or name not in stats or not train:
             return base.apply(name, self.backbone, params, stats, images, train)
         parts = images.reshape(groups, -1, *images.shape[1:])
         features, updated = jax.vmap(
             lambda part: base.apply(name, self.backbone, params, stats, part, True)
         )(parts)
-        averaged = jax.tree.map(lambda x: jnp.mean(x, axis=0), updated.get(name, {}))
-        stats = {**stats, name: averaged} if name in stats else stats
-        return features.reshape(len(images), -1), stats
+        averaged = jax.tree.map(lambda x: jnp.mean(x, axis=0), updated[name])
+        return features.reshape(len(images), -1), {**stats, name: averaged}
 
 
 def mixture(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
