@@ -1,5 +1,7 @@
 """Convolution, batch norm and pooling against NumPy, SciPy and XLA's own operations."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import signal
 
-from bigmed import sharding
-from bigmed.models import layers
+from bigmed import sharding, tree
+from bigmed.models import densenet, layers, resnet
 
 # kernel size, strides, height, width, channels in, channels out: every branch of conv_cpu
 CONVOLUTIONS = [
@@ -200,19 +202,59 @@ def test_batch_norm_in_evaluation_uses_the_running_statistics():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_norm_is_global_over_a_mesh():
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_a_mesh_does_not_change_whose_moments_a_batch_norm_takes(groups):
+    """Of the whole batch, or of groups larger or smaller than a device's part."""
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
-    x = random(16, 3, 3, 4) * np.arange(1, 17, dtype=np.float32)[:, None, None, None]
+    x = random(32, 3, 3, 4) * np.arange(1, 33, dtype=np.float32)[:, None, None, None]
     module = layers.BatchNorm()
     variables = module.init(jax.random.key(0), x, train=False)
 
     def apply(x):
-        return module.apply(variables, x, train=True, mutable=["batch_stats"])
+        return module.apply(variables, x, train=True, mutable=["batch_stats"], groups=groups)
 
     expected = jax.jit(apply)(x)
     found = jax.jit(apply)(jax.device_put(x, sharding.batch_sharding(mesh)))
     for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+@pytest.mark.parametrize(
+    "module",
+    [resnet.Model(8, stem="small"), densenet.Model(14, stem="small")],
+    ids=["residual", "dense"],
+)
+def test_batch_norm_in_groups_is_that_of_each_group_by_itself(module, remat, monkeypatch):
+    """Statistics and gradients, of which there is one for each kernel, not one a group."""
+    monkeypatch.setitem(resnet.VARIANTS, 8, ((1, 0, 0, 1), True))
+    monkeypatch.setitem(densenet.VARIANTS, 14, (4, (2, 1)))
+    module, groups, x = module.clone(remat=remat), 4, jnp.asarray(random(8, 16, 16, 3))
+    variables = module.init(jax.random.key(0), x, train=True)
+    variables = jax.tree.map(lambda leaf: leaf + 0.3 * random(*leaf.shape), variables)
+    stats = {"batch_stats": variables["batch_stats"]}
+
+    def network(params, x):
+        (y, _), mutated = module.apply({"params": params, **stats}, x, train=True, mutable=stats)
+        return y, mutated
+
+    def by_themselves(params):
+        ys, mutated = jax.vmap(network, (None, 0))(params, x.reshape(groups, 2, 16, 16, 3))
+        return jnp.sum(ys * weights), jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), mutated)
+
+    def in_groups(params):
+        with layers.batch_norm_in_groups(groups):
+            y, mutated = network(params, x)
+        return jnp.sum(y.reshape(weights.shape) * weights), mutated
+
+    weights = random(groups, 2, module.feature_dim, seed=1)
+    ways = [jax.value_and_grad(f, has_aux=True) for f in (by_themselves, in_groups)]
+    expected, found = (tree.flatten(jax.jit(way)(variables["params"])) for way in ways)
+    for name, leaf in expected.items():
+        scale = np.max(np.abs(leaf))
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-4 * scale, err_msg=name)
+    programs = [str(jax.make_jaxpr(way)(variables["params"])) for way in ways]
+    assert [bool(re.search("group_count=[^1]", program)) for program in programs] == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

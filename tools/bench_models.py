@@ -10,6 +10,9 @@ PyTorch runs on JAX's kind of device if it has it (on a GPU in bf16 and compiled
 on all cores, as it is. For texts, --size is the number of tokens. Where the features are a class
 token, our last block computes that one's alone, as in the training loop; PyTorch's computes all.
 
+GFLOP/s are ours, by XLA's count of the forward pass, three times of it in training; on an
+accelerator MFU is their share of its bf16 peak.
+
 With --remat a training step takes turns with those that compute activations anew in their
 backward pass (`config.model.remat`, with `config.model.scan` or without). The table says what each
 keeps from its forward for its backward pass, what XLA plans for temporary buffers in all, and its
@@ -42,6 +45,7 @@ MODELS = flags.DEFINE_list("models", ["resnet50", "vit_s16"], "Published names."
 BATCH = flags.DEFINE_integer("batch", 8, "Images or texts a step.")
 SIZE = flags.DEFINE_integer("size", 224, "Of the images in pixels, or texts in tokens.")
 PRECISION = flags.DEFINE_enum("precision", "f32", list(precision.COMPUTE_DTYPES), "Of both.")
+PEAK = flags.DEFINE_float("peak_tflops", None, "bf16 peak of one device; known for common ones")
 REMAT = flags.DEFINE_bool("remat", False, "Compare with recomputed activations, not PyTorch.")
 STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each, after two for warming up.")
 LEARNING_RATE = 1e-3
@@ -61,11 +65,13 @@ class Steps(NamedTuple):
 
     Attributes:
       runs: 'forward' and 'train'.
+      flops: of each of these.
       kept: bytes that 'train' keeps from its forward for its backward pass, weights included.
       temporary: bytes of temporary buffers of 'train'.
     """
 
     runs: dict[str, Callable[[], None]]
+    flops: dict[str, float]
     kept: int
     temporary: int
 
@@ -93,9 +99,11 @@ def ours(module: Any, inputs: list[np.ndarray]) -> Steps:
         state[:] = jax.block_until_ready(compiled(*state, *x))
 
     runs = {"forward": lambda: jax.block_until_ready(forward(variables, *x)), "train": train}
+    flops = forward.lower(variables, *x).cost_analysis()["flops"]
     backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, rest, *x)[0], p)[1], state[0])
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
-    return Steps(runs, kept, compiled.memory_analysis().temp_size_in_bytes)
+    flops = {"forward": flops, "train": 3 * flops}
+    return Steps(runs, flops, kept, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def torch_twin(section: dict, module: Any) -> Any:
@@ -161,13 +169,16 @@ def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Ca
 
 def beside_torch(name: str, section: dict, module: Any, inputs: list[np.ndarray]) -> None:
     """Prints two lines of the table."""
-    mine, other = ours(module, inputs).runs, theirs(section, module, inputs)
+    mine, other = ours(module, inputs), theirs(section, module, inputs)
+    peak = timing.peak_flops(jax.devices()[0], PEAK.value)
     for mode in ("forward", "train"):
-        seconds = timing.time_in_turns({"a": mine[mode], "b": other[mode]}, STEPS.value)
+        seconds = timing.time_in_turns({"a": mine.runs[mode], "b": other[mode]}, STEPS.value)
         a, b = (statistics.median(seconds[k]) for k in "ab")
         fastest = min(seconds["b"]) / min(seconds["a"])
         times = f"{a * 1e3:12.1f}{b * 1e3:12.1f}"
-        print(f"{name:20}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x", flush=True)
+        rate = mine.flops[mode] / a
+        rates = f"{rate / 1e9:12.0f}" + (f"{rate / peak:12.1%}" if peak else "")
+        print(f"{name:20}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x{rates}", flush=True)
 
 
 def beside_remat(name: str, module: Any, inputs: list[np.ndarray]) -> None:
@@ -195,8 +206,12 @@ def main(argv: list[str]) -> None:
         f"{jax.__version__} on {timing.device_name(jax.devices()[0])}; medians of {STEPS.value}, "
         "in turns"
     )
-    columns = ("kept, MiB", "plan, MiB") if REMAT.value else ("bigmed, ms", "PyTorch, ms")
-    header = "".join(f"{column:>12}" for column in (*columns, "medians", "fastest"))
+    columns = ["bigmed, ms", "PyTorch, ms", "medians", "fastest", "GFLOP/s"]
+    if REMAT.value:
+        columns = ["kept, MiB", "plan, MiB", "medians", "fastest"]
+    elif timing.peak_flops(jax.devices()[0], PEAK.value):
+        columns.append("MFU")
+    header = "".join(f"{column:>12}" for column in columns)
     print(f"{'':20}{' ' * (12 if REMAT.value else 10)}{header}")
     for name in MODELS.value:
         if name not in named:

@@ -1,6 +1,8 @@
 """Convolution, batch normalisation and pooling, as every convolutional backbone here uses them."""
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -216,11 +218,14 @@ class BatchNorm(nn.Module):
         train: bool,
         residual: jax.Array | None = None,
         moments: jax.Array | None = None,
+        groups: int = 1,
     ) -> jax.Array:
         """[..., C] -> [..., C]; updates the collection `batch_stats` (`mean`, `var`) if `train`.
 
         With a `residual` of x's shape the result is relu(normalised x + residual). `moments` are
-        x's, [2, C] float32, where they are known already (see `moments_of`).
+        x's, [2, C] float32, where they are known already (see `moments_of`). In training each of
+        `groups` consecutive parts of the batch is normalised by itself, and what is kept is the
+        mean over them (see `batch_norm_in_groups`).
         """
         c = x.shape[-1]
         init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
@@ -228,15 +233,43 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32) if self.use_bias else 0
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
-        mean, var = running_mean.value, running_var.value
-        if train:
+
+        def normalised(
+            x: jax.Array, residual: jax.Array | None, mean: jax.Array, var: jax.Array
+        ) -> jax.Array:
+            gain = scale * lax.rsqrt(var + self.EPSILON)
+            shift = bias - mean * gain
+            if residual is not None:
+                return norm_add_relu(x.astype(self.dtype), gain, shift, residual.astype(self.dtype))
+            return conv_cpu.normalise(x, gain, shift).astype(self.dtype)
+
+        if not train:
+            return normalised(x, residual, running_mean.value, running_var.value)
+        if groups == 1:
             mean, var = moments_of(x) if moments is None else moments
-            if not self.is_initializing():
-                keep = self.MOMENTUM
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * var
-        gain = scale * lax.rsqrt(var + self.EPSILON)
-        shift = bias - mean * gain
-        if residual is not None:
-            return norm_add_relu(x.astype(self.dtype), gain, shift, residual.astype(self.dtype))
-        return conv_cpu.normalise(x, gain, shift).astype(self.dtype)
+            y = normalised(x, residual, mean, var)
+        else:
+            parts = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[1:]), (x, residual))
+            means, variances = jax.vmap(moments_of, out_axes=1)(parts[0])  # GC
+            y = jax.vmap(normalised)(*parts, means, variances).reshape(x.shape)
+            mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
+        if not self.is_initializing():
+            keep = self.MOMENTUM
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean
+            running_var.value = keep * running_var.value + (1 - keep) * var
+        return y
+
+
+def batch_norm_in_groups(groups: int) -> AbstractContextManager[None]:
+    """Within it every `BatchNorm` takes its moments in so many groups of the batch.
+
+    As if each group passed through the network by itself; but `jax.vmap` over the groups would make
+    the gradient of every kernel once for each of them.
+    """
+
+    def give_groups(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            return call(*args, **kwargs, groups=groups)
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(give_groups)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bigmed import losses, networks
 from bigmed.errors import UserError, did_you_mean
-from bigmed.models import heads
+from bigmed.models import heads, layers
 from bigmed.objectives import base, momentum
 
 NAMES = ("plain", "image_mix", "feature_mix")  # the three losses, in order
@@ -216,16 +216,9 @@ class Objective(momentum.Objective):
     def _encode(
         self, name: str, params: Any, stats: Any, images: jax.Array, train: bool
     ) -> tuple[jax.Array, Any]:
-        """Features of images [B, S, S, C], with batch statistics, if any, of groups of the rows."""
-        groups = self.config["bn_groups"]
-        if groups == 1 or name not in stats or not train:
+        """Features of images [B, S, S, C], batch statistics taken in groups of the rows."""
+        with layers.batch_norm_in_groups(self.config["bn_groups"]):
             return base.apply(name, self.backbone, params, stats, images, train)
-        parts = images.reshape(groups, -1, *images.shape[1:])
-        features, updated = jax.vmap(
-            lambda part: base.apply(name, self.backbone, params, stats, part, True)
-        )(parts)
-        averaged = jax.tree.map(lambda x: jnp.mean(x, axis=0), updated[name])
-        return features.reshape(len(images), -1), {**stats, name: averaged}
 
 
 def mixture(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
