@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import cv2
+import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,24 @@ def test_inspect_batch_names_a_mistake(tmp_path):
     done = tool("inspect_batch", "--config=configs/quickstart.py", f"--workdir={tmp_path}",
                 "--stage=mickle")  # fmt: skip
     assert done.returncode == 2 and "did you mean 'micle'" in done.stderr
+
+
+def test_bench_models_sets_a_model_beside_its_twin_with_the_rate_it_reaches():
+    pytest.importorskip("torch", reason="PyTorch is in the extra 'bench'")
+    flags = ("--models=minilm_l6", "--batch=1", "--size=8", "--steps=1", "--peak_tflops=0.1")
+    done = tool("bench_models", *flags)
+    assert done.returncode == 0, done.stderr
+    *_, header, forward, train = done.stdout.splitlines()
+    assert header.split()[-2:] == ["GFLOP/s", "MFU"]
+    rows = [line.split() for line in (forward, train)]
+    # 12 squares of the width of products a token and layer: forward, and three times of it
+    for (name, mode, ours, theirs, ratio, _, rate, mfu), passes in zip(rows, (1, 3), strict=True):
+        assert name == "minilm_l6" and mode == ("forward", "train")[passes // 2]
+        assert abs(float(theirs) / float(ours) - float(ratio[:-1])) < 0.02
+        flops = passes * 2 * 12 * 384**2 * 6 * 8
+        assert 1 <= float(rate) * float(ours) * 1e6 / flops < 1.2
+        assert abs(float(rate) - float(mfu[:-1])) <= 0.6  # of 100 GFLOP/s
+    assert int(rows[1][6]) > 0
 
 
 def test_bench_data_reports_both_loops_and_their_ratio():
