@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import signal
 
 from bigmed import sharding, tree
+from bigmed.errors import UserError
 from bigmed.models import densenet, layers, resnet
 
 # kernel size, strides, height, width, channels in, channels out: every branch of conv_cpu
@@ -255,6 +256,15 @@ def test_batch_norm_in_groups_is_that_of_each_group_by_itself(module, remat, mon
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-4 * scale, err_msg=name)
     programs = [str(jax.make_jaxpr(way)(variables["params"])) for way in ways]
     assert [bool(re.search("group_count=[^1]", program)) for program in programs] == [True, False]
+
+
+def test_a_batch_norm_of_flax_is_refused_groups():
+    module = nn.Sequential([nn.BatchNorm(use_running_average=False)])
+    x = random(4, 5)
+    with layers.batch_norm_in_groups(1):
+        variables = module.init(jax.random.key(0), x)
+    with layers.batch_norm_in_groups(2), pytest.raises(UserError, match="bn_groups=2.*of Flax"):
+        module.apply(variables, x, mutable=["batch_stats"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -177,7 +177,7 @@ def beside_torch(name: str, section: dict, module: Any, inputs: list[np.ndarray]
         fastest = min(seconds["b"]) / min(seconds["a"])
         times = f"{a * 1e3:12.1f}{b * 1e3:12.1f}"
         rate = mine.flops[mode] / a
-        rates = f"{rate / 1e9:12.0f}" + (f"{rate / peak:12.1%}" if peak else "")
+        rates = f"{rate / 1e9:12.1f}" + (f"{rate / peak:12.1%}" if peak else "")
         print(f"{name:20}{mode:10}{times}{b / a:11.2f}x{fastest:11.2f}x{rates}", flush=True)
 
 

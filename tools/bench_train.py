@@ -2,7 +2,7 @@
 
     python tools/bench_train.py --model=resnet50 --size=128 --batch=16
     python tools/bench_train.py --model=vit-s16 --size=224 --batch=4
-    python tools/bench_train.py --model=vit-b16 --size=224 --batch=512 --precision=bf16 --no-torch
+    python tools/bench_train.py --model=vit-b16 --size=224 --batch=512 --precision=bf16 --notorch
 
 A step is: the encoder and a two-layer projection head on both views of `batch` images, NT-Xent,
 backward pass, SGD with momentum and weight decay. Augmentation is left out of both; its time on the

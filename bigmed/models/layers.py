@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bigmed.errors import UserError
 from bigmed.models import conv_cpu
 
 # Variance scaling with scale 1, fan-in (SimCLR's released code; not He's scale of 2).
@@ -224,8 +225,8 @@ class BatchNorm(nn.Module):
 
         With a `residual` of x's shape the result is relu(normalised x + residual). `moments` are
         x's, [2, C] float32, where they are known already (see `moments_of`). In training each of
-        `groups` consecutive parts of the batch is normalised by itself, and what is kept is the
-        mean over them (see `batch_norm_in_groups`).
+        `groups` consecutive parts of the batch is normalised by itself, whatever `moments` are, and
+        what is kept is the mean over them (see `batch_norm_in_groups`).
         """
         c = x.shape[-1]
         init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
@@ -264,12 +265,21 @@ def batch_norm_in_groups(groups: int) -> AbstractContextManager[None]:
     """Within it every `BatchNorm` takes its moments in so many groups of the batch.
 
     As if each group passed through the network by itself; but `jax.vmap` over the groups would make
-    the gradient of every kernel once for each of them.
+    the gradient of every kernel once for each of them. On a mesh groups that are a multiple of its
+    devices, or divide them, need no communication of activations.
+
+    Raises:
+      UserError: with several groups, when a batch norm of Flax is called, which cannot have them.
     """
 
     def give_groups(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
             return call(*args, **kwargs, groups=groups)
+        if isinstance(context.module, nn.BatchNorm) and groups > 1:
+            raise UserError(
+                f"config.objective.bn_groups={groups}: '{context.module.name}' is a batch norm of "
+                "Flax, which has no groups; valid: 1, or bigmed.models.layers.BatchNorm for it"
+            )
         return call(*args, **kwargs)
 
     return nn.intercept_methods(give_groups)

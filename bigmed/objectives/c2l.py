@@ -43,8 +43,8 @@ class Objective(momentum.Objective):
     keys at once, so that the next one meets them (as released, one push for each loss), or
     'snapshot': all are scored against one queue, then the plain keys are pushed; `head`, 'linear'
     or 'mlp', and `head_dim`; `bn_groups`, in how many groups of a batch, shuffled for the teacher,
-    batch statistics are taken (1: over the whole batch): MoCo's shuffled batch norm without its
-    devices.
+    `layers.BatchNorm` takes its statistics (1: over the whole batch): MoCo's shuffled batch norm
+    without its devices.
     """
 
     def __init__(self, config: Mapping[str, Any], data: base.DataSpec):
