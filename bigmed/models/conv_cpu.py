@@ -121,16 +121,16 @@ def _by_position(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
     """The gradient by the kernel, [k, k, I, O], one product for each of the kernel's positions."""
     h, w = g.shape[1:3]
     x = once(partial(_padded, k=k), x)  # else each position normalises it anew
-    # The barriers keep XLA from folding these transpositions into the products, where they cost
-    # more than on their own.
+    # The barriers keep XLA from folding these transpositions into the products, or the second one
+    # into an optimiser's update, where they cost more than on their own.
     g = lax.optimization_barrier(_rows(g).T)  # ON
     positions = [
         g @ _rows(x[:, _window(i, h, strides), _window(j, w, strides)])  # ON,NI->OI
         for i in range(k)
         for j in range(k)
     ]
-    stacked = lax.optimization_barrier(jnp.stack(positions))  # [k * k, O, I]
-    return stacked.reshape(k, k, *stacked.shape[1:]).transpose(0, 1, 3, 2)
+    turned = [lax.optimization_barrier(lax.optimization_barrier(p).T) for p in positions]
+    return jnp.stack(turned).reshape(k, k, *turned[0].shape)
 
 
 def _by_all_positions(x: jax.Array, g: jax.Array, k: int, strides: int) -> jax.Array:
