@@ -99,10 +99,10 @@ def ours(module: Any, inputs: list[np.ndarray]) -> Steps:
         state[:] = jax.block_until_ready(compiled(*state, *x))
 
     runs = {"forward": lambda: jax.block_until_ready(forward(variables, *x)), "train": train}
-    flops = forward.lower(variables, *x).cost_analysis()["flops"]
+    forward_flops = forward.lower(variables, *x).cost_analysis()["flops"]
+    flops = {"forward": forward_flops, "train": 3 * forward_flops}
     backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, rest, *x)[0], p)[1], state[0])
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
-    flops = {"forward": flops, "train": 3 * flops}
     return Steps(runs, flops, kept, compiled.memory_analysis().temp_size_in_bytes)
 
 
@@ -167,10 +167,11 @@ def theirs(section: dict, module: Any, inputs: list[np.ndarray]) -> dict[str, Ca
     return {"forward": forward, "train": train}
 
 
-def beside_torch(name: str, section: dict, module: Any, inputs: list[np.ndarray]) -> None:
-    """Prints two lines of the table."""
+def beside_torch(
+    name: str, section: dict, module: Any, inputs: list[np.ndarray], peak: float | None
+) -> None:
+    """Prints two lines of the table, with MFU if the device's peak is known."""
     mine, other = ours(module, inputs), theirs(section, module, inputs)
-    peak = timing.peak_flops(jax.devices()[0], PEAK.value)
     for mode in ("forward", "train"):
         seconds = timing.time_in_turns({"a": mine.runs[mode], "b": other[mode]}, STEPS.value)
         a, b = (statistics.median(seconds[k]) for k in "ab")
@@ -200,16 +201,16 @@ def beside_remat(name: str, module: Any, inputs: list[np.ndarray]) -> None:
 def main(argv: list[str]) -> None:
     """Prints a table, a line for each model and mode."""
     del argv
-    named = named_models()
+    named, device = named_models(), jax.devices()[0]
+    peak = timing.peak_flops(device, PEAK.value)
     print(
         f"{BATCH.value} inputs of size {SIZE.value} a step, {PRECISION.value}, jax "
-        f"{jax.__version__} on {timing.device_name(jax.devices()[0])}; medians of {STEPS.value}, "
-        "in turns"
+        f"{jax.__version__} on {timing.device_name(device)}; medians of {STEPS.value}, in turns"
     )
     columns = ["bigmed, ms", "PyTorch, ms", "medians", "fastest", "GFLOP/s"]
     if REMAT.value:
         columns = ["kept, MiB", "plan, MiB", "medians", "fastest"]
-    elif timing.peak_flops(jax.devices()[0], PEAK.value):
+    elif peak:
         columns.append("MFU")
     header = "".join(f"{column:>12}" for column in columns)
     print(f"{'':20}{' ' * (12 if REMAT.value else 10)}{header}")
@@ -221,7 +222,7 @@ def main(argv: list[str]) -> None:
         if REMAT.value:
             beside_remat(name, module, inputs)
         else:
-            beside_torch(name, named[name], module, inputs)
+            beside_torch(name, named[name], module, inputs, peak)
 
 
 if __name__ == "__main__":
